@@ -1,0 +1,58 @@
+# `make help` lists the targets. PYTHON chooses the interpreter (3.11 or 3.12), TORCH the build of torch.
+PYTHON ?= python3
+TORCH ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+CLIPS ?= 200
+READY := $(VENV)/ready
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## virtual environment with the locked packages; installs a compiler where Debian has none
+
+$(READY): requirements/lock.txt requirements/cuda.txt requirements/install.sh pyproject.toml
+	@requirements/system.sh $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	TORCH=$(TORCH) requirements/install.sh $(VENV)
+	@touch $@
+
+demo: setup  ## the main job on the laptop: clips, features, adapter, scores (CLIPS=200)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" jobs/demo.sh $(CLIPS)
+
+test: setup  ## all tests but the slow ones and the full fault suite
+	$(BIN)/pytest -q -m "not slow and not faults"
+
+test-slow: setup  ## tests that take minutes each
+	$(BIN)/pytest -q -m slow
+
+test-faults: setup  ## the full fault suite: processes killed at random, ten times each
+	$(BIN)/pytest -q -m faults
+
+check: lint types imports test  ## what CI runs
+
+lint: setup  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup  ## mypy: strict for crab_platform and jobs
+	$(BIN)/mypy
+
+imports: setup  ## import-linter: the arrows between the packages
+	$(BIN)/lint-imports
+
+bench: bench-adapter  ## all benchmarks
+
+bench-adapter: setup  ## the interaction LoRA's layer beside PEFT's LoRA and a loop over heads
+	$(BIN)/python benchmarks/adapter_layer.py
+
+lock: setup  ## resolve requirements/*.txt anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv && $(BIN)/python requirements/make_lock.py
+
+clean:  ## remove the environment, caches and everything under work/
+	rm -rf $(VENV) work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

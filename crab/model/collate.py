@@ -1,0 +1,196 @@
+"""Samples and cached features -> one batch of tensors.
+
+`<video>` stands in the prompt once and becomes frames x queries copies of its id here, so that the
+model can put all features of a batch in place with one masked_scatter. Sequences are padded on the
+left, as generation needs. Nothing is ever cut: a sample that is too long is refused by name,
+because a cut answer would train the model to stop early.
+
+Legend: N samples, L longest sequence, Mv frames and Ma segments of the whole batch, P encoder
+tokens, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from crab.model.prompt import prompt_text, target_text, user_text
+
+if TYPE_CHECKING:
+    from crab.model.config import CrabConfig, ProjectorConfig
+    from crab.model.tokens import TokenTable
+    from crab.samples import Sample
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A sample with its features: stream name -> layer name -> array [frames or segments, P, D]."""
+
+    sample: Sample
+    features: Mapping[str, Mapping[str, np.ndarray]]
+
+
+class Collator:
+    """Callable: examples -> batch. Holds what does not change between batches."""
+
+    def __init__(
+        self, config: CrabConfig, tokenizer: PreTrainedTokenizerBase, table: TokenTable
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no eos token; set tokenizer.eos_token, answers must end"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.table = table
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.pad_id = int(self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def __call__(self, examples: Sequence[Example], *, with_target: bool = True) -> Batch:
+        """Batch of int64 input_ids, attention_mask, position_ids (and labels, -100 outside the
+        target), each [N, L]; video [Mv, P, D] and audio [Ma, P, D] where some sample has them, with
+        video_mask / audio_mask [M, P] (bool) where samples differ in P (MUSIC-AVQA's 2 s segments
+        beside 1 s ones).
+
+        Raises:
+            ValueError: no examples, a sample too long, features missing or of the wrong shape;
+                names the sample.
+        """
+        if not examples:
+            raise ValueError("a batch needs at least one example, got none")
+        rows, starts = [], []
+        frames: list[np.ndarray] = []
+        segments: list[np.ndarray] = []
+        for example in examples:
+            media = self._media(example)
+            prompt = self._prompt_ids(example.sample, media)
+            target = self._target_ids(example.sample) if with_target else []
+            length = len(prompt) + len(target)
+            if length > self.config.prompt.max_length:
+                raise ValueError(
+                    f"sample {example.sample.id!r} needs {length} tokens (prompt {len(prompt)}, "
+                    f"target {len(target)}), prompt.max_length is "
+                    f"{self.config.prompt.max_length}; raise it or shorten the sample"
+                )
+            rows.append(prompt + target)
+            starts.append(len(prompt))
+            frames += [media[name] for name in ("video", "image") if name in media]
+            segments += [media["audio"]] if "audio" in media else []
+        batch = self._sequences(rows, starts if with_target else None)
+        batch |= _stack("video", frames)
+        batch |= _stack("audio", segments)
+        return batch
+
+    def num_target_tokens(self, sample: Sample) -> int:
+        """Supervised tokens of a sample, end token included: what a rank needs to know of the
+        others' samples to normalise its loss.
+        """
+        return len(self._target_ids(sample))
+
+    def _media(self, example: Example) -> dict[str, np.ndarray]:
+        sample, found = example.sample, {}
+        for name, projector in (
+            ("video", self.config.video),
+            ("image", self.config.video),
+            ("audio", self.config.audio),
+        ):
+            layers = example.features.get(name)
+            if layers is not None:
+                found[name] = _selected_layer(layers, projector, sample.id, name)
+            elif getattr(sample, name) is not None:
+                raise ValueError(
+                    f"sample {sample.id!r} names {name} {getattr(sample, name)!r} but no {name} "
+                    "features were given; "
+                    "preprocess it, or leave the sample out"
+                )
+        return found
+
+    def _prompt_ids(self, sample: Sample, media: dict[str, np.ndarray]) -> list[int]:
+        text = prompt_text(user_text(sample, media), self.tokenizer, self.config.prompt)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for name, array in media.items():
+            placeholder = self.table.id_of[f"<{name}>"]
+            if ids.count(placeholder) != 1:
+                raise ValueError(
+                    f"sample {sample.id!r}: the prompt has {ids.count(placeholder)} tokens "
+                    f"<{name}>, expected 1; "
+                    "was the tokenizer given Crab's tokens (add_new_tokens)?"
+                )
+            projector = self.config.audio if name == "audio" else self.config.video
+            at = ids.index(placeholder)
+            ids[at : at + 1] = [placeholder] * (array.shape[0] * projector.num_queries)
+        return ids
+
+    def _target_ids(self, sample: Sample) -> list[int]:
+        text = target_text(sample, self.config.prompt)
+        if not text:
+            raise ValueError(f"sample {sample.id!r} has an empty answer; training needs a target")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        media_ids = {*self.table.video_ids, *self.table.audio_ids}
+        if media_ids.intersection(ids):
+            raise ValueError(
+                f"sample {sample.id!r}: reasoning or answer contains a media token; remove it"
+            )
+        return [*ids, self.eos_id]
+
+    def _sequences(self, rows: list[list[int]], starts: list[int] | None) -> Batch:
+        longest = max(map(len, rows))
+        input_ids = torch.full((len(rows), longest), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORED)
+        for index, row in enumerate(rows):
+            offset = longest - len(row)
+            input_ids[index, offset:] = torch.tensor(row)
+            attention_mask[index, offset:] = 1
+            if starts is not None:
+                start = starts[index]
+                labels[index, offset + start :] = torch.tensor(row[start:])
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        }
+        return batch if starts is None else batch | {"labels": labels}
+
+
+def _selected_layer(
+    layers: Mapping[str, np.ndarray], projector: ProjectorConfig, sample_id: str, stream: str
+) -> np.ndarray:
+    if projector.layer not in layers:
+        raise ValueError(
+            f"sample {sample_id!r}: {stream} features have layers {sorted(layers)}, the model "
+            f"reads {projector.layer!r}; preprocess with that layer or change {stream}.layer"
+        )
+    array = layers[projector.layer]
+    if array.ndim != 3 or array.shape[2] != projector.feature_size or 0 in array.shape:
+        raise ValueError(
+            f"sample {sample_id!r}: {stream} features {projector.layer!r} have shape "
+            f"{array.shape}, expected [frames or segments, encoder tokens, "
+            f"{projector.feature_size}], none of them 0"
+        )
+    return array
+
+
+def _stack(name: str, arrays: list[np.ndarray]) -> Batch:
+    """Concatenate along the frames; where P differs, pad with zeros and say so in a mask."""
+    if not arrays:
+        return {}
+    widths = {array.shape[1] for array in arrays}
+    if len(widths) == 1:
+        return {name: torch.from_numpy(np.concatenate(arrays))}
+    longest = max(widths)
+    padded = [np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0))) for array in arrays]
+    real = [np.broadcast_to(np.arange(longest) < a.shape[1], (a.shape[0], longest)) for a in arrays]
+    return {
+        name: torch.from_numpy(np.concatenate(padded)),
+        f"{name}_mask": torch.from_numpy(np.concatenate(real)),
+    }

@@ -1,0 +1,148 @@
+"""The command line: `crab`. Each command is a few lines around one call from Python."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="crab",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="""Clips become features, features become an adapter, the adapter is judged.
+
+    A first tour, from an empty folder to scores:
+
+      crab synth work/shapes --clips 200 --seed 1     make clips with exact labels
+
+      crab run jobs/specs/preprocess-shapes.yaml      decode, encode, cache
+
+      crab run jobs/specs/train-shapes.yaml           fine-tune on the cached features
+
+      crab run jobs/specs/evaluate-shapes.yaml        score against the best constant answer
+
+    Exit codes: 0 done, 1 the work failed, 2 wrong input, 3 cannot reach something.
+    """,
+)
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="New folder for the clips, or one to be completed.")],
+    clips: Annotated[int, typer.Option(min=1, help="How many clips of 10 s.")] = 200,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Same seed, same pixels, sounds and samples.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Make AV-Shapes: coloured shapes that move and sound, with exact samples for AVE, AVVP and AVQA.
+
+    Writes OUT/clips/*.mp4 and OUT/samples.jsonl. Started again it only makes what is missing.
+    """
+    from crab.synth.dataset import synthesise
+
+    path = synthesise(out, clips, seed)
+    _finish({"samples": str(path), "clips": clips}, as_json, f"wrote {path}")
+
+
+@app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(help="A YAML file; those shipped are in jobs/specs/.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="Change one value of the spec; may be repeated."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job here, on local Ray or on the Ray cluster that RAY_ADDRESS names.
+
+    A job that was killed is started again with the same command: what was done is not done again.
+    """
+    from jobs.run import run_spec
+    from jobs.spec import load_spec
+
+    _finish(run_spec(load_spec(spec, changes or [])), as_json)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Option(help="Folder of an exported adapter.")],
+    media: Annotated[list[str], typer.Argument(help="Clips: files or URLs.")],
+    task: Annotated[str, typer.Option(help="ave, avvp or avqa.")],
+    question: Annotated[str | None, typer.Option(help="What to ask; needed for avqa.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask an adapter about any clip. Nothing is cached."""
+    from jobs.predict import predict_media
+
+    answers = predict_media(adapter, media, task, question)
+    if as_json:
+        print(json.dumps(answers))
+        return
+    for answer in answers:
+        print(f"{answer['media']}: {answer.get('text') or 'set aside: ' + str(answer['problem'])}")
+    if all("text" not in answer for answer in answers):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    cache: Annotated[
+        str | None, typer.Option(help="Also test this cache, a folder or s3://bucket/prefix.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that every part works on this machine: decoders, encoders, Ray, DeepSpeed, MLflow, the store."""
+    from jobs.doctor import check_all, show
+
+    results = check_all(cache)
+    if as_json:
+        print(json.dumps([result.__dict__ for result in results]))
+    else:
+        show(results)
+    if any(not result.ok for result in results):
+        raise typer.Exit(3)
+
+
+def _finish(result: dict[str, Any], as_json: bool, text: str = "") -> None:
+    if as_json:
+        print(json.dumps(result))
+    elif text:
+        print(text)
+
+
+def main() -> None:
+    """Entry point: turns known errors into one message and an exit code."""
+    from crab_platform.storage import StoreUnreachable
+    from jobs.run import JobFailed
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; start the same command again to continue", 130)
+    except StoreUnreachable as error:
+        _fail(str(error), 3)
+    except JobFailed as error:
+        _fail(str(error), 1)
+    except ValueError as error:  # also SpecError: what the user gave is wrong
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"crab: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,66 @@
+"""What a person sees while a job works, and what is left of it: progress bars, tables, result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+RESULT = "result.json"
+
+console = Console(stderr=True, highlight=False)
+"""For people. What a machine reads (--json) goes to standard output."""
+
+
+@contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and remaining time on a terminal, one line at each tenth elsewhere."""
+    on_terminal = sys.stderr.isatty()
+    told = -1
+    with tqdm(total=total, unit=f" {unit}", disable=not on_terminal, smoothing=0.1) as bar:
+
+        def update(done: int, of: int) -> None:
+            nonlocal told
+            bar.total = of
+            bar.update(done - bar.n)
+            tenth = 10 * done // max(1, of)
+            if not on_terminal and tenth != told:
+                told = tenth
+                console.print(f"{unit}: {done} of {of}")
+
+        yield update
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table for people."""
+    printed = Table(title=title, title_justify="left")
+    for name in head:
+        printed.add_column(name)
+    for row in rows:
+        printed.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(printed)
+
+
+def write_result(folder: Path, record: Mapping[str, Any]) -> None:
+    """result.json of a run, whole or not at all; its presence says that the job ended well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".result-")
+    with os.fdopen(handle, "w") as file:
+        json.dump(record, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(temporary, folder / RESULT)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a run that ended well, else None."""
+    path = folder / RESULT
+    return dict(json.loads(path.read_text())) if path.exists() else None

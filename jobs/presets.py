@@ -1,0 +1,84 @@
+"""Where the presets' encoders and models come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crab.encoders import EncoderConfig
+from crab.encoders.tiny import TINY_SELECT_LAYERS
+from crab.model import config as crab_config
+from crab.model.config import CrabConfig
+from crab_platform.identity import digest, sha256_file
+from jobs.spec import Encoders, Model, SpecError
+
+TINY = Path(__file__).resolve().parent.parent / "crab" / "presets" / "tiny"
+"""Weights in the repository, made by `crab run jobs/specs/pretrain-tiny.yaml`."""
+
+
+def encoder_configs(spec: Encoders) -> tuple[EncoderConfig, EncoderConfig]:
+    """(video, audio) encoders of a spec."""
+    video, audio = spec.video, spec.audio
+    if spec.preset == "tiny":
+        video = video or EncoderConfig(
+            kind="clip", path=str(TINY / "clip"), select_layers=TINY_SELECT_LAYERS
+        )
+        audio = audio or EncoderConfig(kind="beats", path=str(TINY / "beats"))
+    if video is None or audio is None:
+        raise SpecError(
+            f"encoders: preset {spec.preset!r} brings no weights; give video.path (a CLIP folder) and "
+            "audio.path (a BEATs checkpoint), for example --set encoders.video.path=/models/clip-vit-l-14"
+        )
+    return video, audio
+
+
+def crab_model_config(spec: Model) -> CrabConfig:
+    """The model that a spec describes: the preset, then the LLM's folder, then what is set by hand."""
+    if spec.preset == "tiny":
+        config = crab_config.tiny(
+            spec.llm or str(TINY / "llm"),
+            video_layer=f"layer_{TINY_SELECT_LAYERS[-1]}",
+            video_size=_width(TINY / "clip", "hidden_size"),
+            audio_size=_width(TINY / "beats", "encoder_embed_dim"),
+        )
+    else:
+        if not spec.llm:
+            raise SpecError(
+                "model: the preset 'paper' needs model.llm, the folder of Llama-2-7B-chat"
+            )
+        config = crab_config.paper(spec.llm)
+    return CrabConfig.model_validate(_merge(config.model_dump(), spec.set))
+
+
+def llm_digest(folder: str) -> str:
+    """What a language model's folder holds, wherever it lies: its configuration, weights and tokenizer."""
+    names = ("config.json", "tokenizer.json", "tokenizer.model")
+    path = Path(folder)
+    files = sorted({*path.glob("*.safetensors"), *(path / n for n in names if (path / n).exists())})
+    record: dict[str, Any] = {}
+    for file in files:
+        with file.open("rb") as opened:
+            record[file.name] = sha256_file(opened)
+    return digest(record)
+
+
+def _width(folder: Path, field: str) -> int:
+    record = json.loads((folder / "config.json").read_text())
+    found = record.get(field) or record.get("cfg", {}).get(field)
+    if not isinstance(found, int):
+        raise SpecError(
+            f"{folder}/config.json says no {field}; the preset is damaged: git checkout crab/presets"
+        )
+    return found
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        old = merged.get(name)
+        merged[name] = (
+            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged

@@ -1,0 +1,72 @@
+"""Writes requirements/lock.txt and requirements/cuda.txt from pyproject.toml (`make lock`).
+
+uv resolves once for Python 3.11 and 3.12 on every system, with hashes. Two things are then changed, because
+torch comes in two builds:
+- what only torch's CUDA build needs goes to cuda.txt, so that a machine without a GPU does not download it;
+- the digest of a CPU wheel at hand (PIP_FIND_LINKS) is added beside those of PyPI: same version, other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CUDA_ONLY = re.compile(r"(nvidia-(?!ml-py)|cuda-|triton==)")
+HEAD = "# Made by `make lock` from pyproject.toml. Do not edit.\n"
+
+
+def resolve(pyproject: Path) -> str:
+    command = [sys.executable, "-m", "uv", "pip", "compile", str(pyproject), "--extra", "dev"]
+    command += ["--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate"]
+    command += ["--no-header", "--quiet", "--default-index", "https://pypi.org/simple"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def blocks(text: str) -> list[str]:
+    """One string a requirement: its line and the hash lines that follow it."""
+    return [block for block in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if block.strip()]
+
+
+def known_cpu_hashes(lock: Path) -> list[str]:
+    """Digests of CPU wheels noted in the lock file before this run, so that a machine without them keeps them."""
+    if not lock.exists():
+        return []
+    return re.findall(
+        r"^# cpu wheel of torch: (sha256:[0-9a-f]{64})$", lock.read_text(), re.MULTILINE
+    )
+
+
+def local_cpu_hashes(version: str) -> list[str]:
+    folders = [Path(entry) for entry in os.environ.get("PIP_FIND_LINKS", "").split() if entry]
+    wheels = [wheel for folder in folders for wheel in folder.glob(f"torch-{version}+cpu-*.whl")]
+    return [f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in sorted(wheels)]
+
+
+def main() -> None:
+    lock, cuda = HERE / "lock.txt", HERE / "cuda.txt"
+    common, cuda_only, cpu_hashes = [], [], known_cpu_hashes(lock)
+    for block in blocks(resolve(HERE.parent / "pyproject.toml")):
+        if CUDA_ONLY.match(block):
+            cuda_only.append(block)
+            continue
+        version = re.match(r"torch==([0-9.]+)", block)
+        if version:
+            cpu_hashes = sorted(set(cpu_hashes) | set(local_cpu_hashes(version[1])))
+            notes = "".join(f"# cpu wheel of torch: {digest}\n" for digest in cpu_hashes)
+            extra = "".join(f" \\\n    --hash={digest}" for digest in cpu_hashes)
+            block = notes + block.rstrip("\n") + extra + "\n"
+        common.append(block)
+    lock.write_text(HEAD + "".join(common))
+    cuda.write_text(
+        HEAD + "# What torch's CUDA build needs beside lock.txt.\n" + "".join(cuda_only)
+    )
+    print(f"{lock}: {len(common)} packages, {cuda}: {len(cuda_only)} packages")
+
+
+if __name__ == "__main__":
+    main()
