@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,13 +125,29 @@ def _finish(result: dict[str, Any], as_json: bool, text: str = "") -> None:
         print(text)
 
 
+def _quieten() -> None:
+    """Libraries' notes about themselves would hide what we say. Their warnings and errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # This process never trains, it starts workers that do; asked here, DeepSpeed looks for a GPU and complains.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|peft)\.")
+    for name in ("mlflow", "alembic", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Entry point: turns known errors into one message and an exit code."""
+    _quieten()
     from crab_platform.storage import StoreUnreachable
     from jobs.run import JobFailed
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        error.show()
+        sys.exit(2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except typer.Abort:

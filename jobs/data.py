@@ -43,7 +43,10 @@ def stream_name(stream: str, task: str, special: Mapping[str, str]) -> str:
 
 
 def load_dataset(source: DataSource, special: Mapping[str, str]) -> Dataset:
-    """Reads a data source; `special` names the tasks whose audio is sampled in another way. Raises SpecError when it is not there, ValueError with file:line for a bad line."""
+    """Reads a data source; `special` names the tasks whose audio is sampled in another way.
+
+    Raises SpecError when it is not there, ValueError with file:line for a bad line.
+    """
     if source.samples is not None:
         return _from_samples(source.name, source.samples, special)
     assert source.files is not None

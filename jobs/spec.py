@@ -234,10 +234,11 @@ class PretrainSpec(Job):
     out: Place
     """New folder for the weights (safetensors) and the tokenizer."""
     seed: int = Field(default=0, ge=0)
-    clips: int = Field(default=2000, ge=10)
+    clips: int = Field(default=8000, ge=10)
     """Scenes that are drawn; their seed is not that of any data set that `crab synth` writes."""
-    encoder_steps: int = Field(default=1500, ge=1)
-    llm_steps: int = Field(default=3000, ge=1)
+    vision_steps: int = Field(default=1500, ge=1)
+    audio_steps: int = Field(default=600, ge=1)
+    llm_steps: int = Field(default=2400, ge=1)
     batch_size: int = Field(default=32, ge=1)
 
 

@@ -23,7 +23,7 @@ from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.config import AdapterConfig, CrabConfig, LlmConfig, paper, tiny
 from crab.model.generate import generate
-from crab.model.llm import load_llm, load_tokenizer, tiny_llama, train_language_model
+from crab.model.llm import load_llm, load_tokenizer, tiny_llama
 from crab.predict import predict
 from crab.train import optimizer_step, parameter_groups
 
@@ -290,15 +290,9 @@ def test_config_survives_json_and_refuses_what_it_does_not_know() -> None:
         config.video.model_validate(config.video.model_dump() | {"num_heads": 7})
 
 
-def test_language_model_learns_and_comes_back_from_its_folder(tmp_path: Path) -> None:
+def test_language_model_comes_back_from_its_folder(tmp_path: Path) -> None:
     words = tiny_crab.tokenizer()
     llm = tiny_llama(len(words), seed=3)
-    losses = list(
-        train_language_model(
-            llm, words, tiny_crab.texts(), num_steps=12, block_length=64, batch_size=4
-        )
-    )
-    assert losses[-1] < losses[0] - 1
     llm.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     loaded = load_llm(str(tmp_path))
@@ -306,5 +300,3 @@ def test_language_model_learns_and_comes_back_from_its_folder(tmp_path: Path) ->
     llm.eval()
     assert torch.equal(loaded(input_ids=ids).logits, llm(input_ids=ids).logits)
     assert load_tokenizer(str(tmp_path)).get_vocab() == words.get_vocab()
-    with pytest.raises(ValueError, match="one block needs"):
-        list(train_language_model(llm, words, ["a"], num_steps=1))
