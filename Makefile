@@ -51,7 +51,7 @@ bench-adapter: setup  ## the interaction LoRA's layer beside PEFT's LoRA and a l
 	$(BIN)/python benchmarks/adapter_layer.py
 
 lock: setup  ## resolve requirements/*.txt anew from pyproject.toml
-	$(BIN)/python -m pip install --quiet uv && $(BIN)/python requirements/make_lock.py
+	$(BIN)/python requirements/make_lock.py
 
 clean:  ## remove the environment, caches and everything under work/
 	rm -rf $(VENV) work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
