@@ -11,6 +11,7 @@ Legend: N scenes or frames, C classes, P patches, S slots (vectors of a frame or
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -132,6 +133,9 @@ def train_llm(
     """Trains the whole LLM to answer the samples of the scenes from symbols."""
     samples = [(scene, sample) for scene in pool for sample in samples_of(scene)]
     config = symbol_config()
+    tokenizer = copy.deepcopy(
+        tokenizer
+    )  # Crab's tokens are added when a Crab is built, not in the preset
     table = add_new_tokens(tokenizer)
     model = CrabModel(llm, config, table)
     model.requires_grad_(False)

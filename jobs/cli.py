@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -75,7 +76,10 @@ def run(
     from jobs.run import run_spec
     from jobs.spec import load_spec
 
-    _finish(run_spec(load_spec(spec, changes or [])), as_json)
+    # Ray tells of a worker that died on standard output, which is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run_spec(load_spec(spec, changes or []))
+    _finish(result, as_json)
 
 
 @app.command()
@@ -146,7 +150,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        error.show()
+        print(f"crab: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)

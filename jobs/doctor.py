@@ -77,8 +77,12 @@ def _room() -> str:
     free = shutil.disk_usage(".").free
     memory = psutil.virtual_memory().available
     if free < 2 << 30 or memory < 2 << 30:
-        raise RuntimeError(f"{free >> 20} MB disk and {memory >> 20} MB memory free; 2 GB of each are needed")
-    return f"{memory / 2**30:.1f} GB memory, {free / 2**30:.0f} GB disk free, {os.cpu_count()} cores"
+        raise RuntimeError(
+            f"{free >> 20} MB disk and {memory >> 20} MB memory free; 2 GB of each are needed"
+        )
+    return (
+        f"{memory / 2**30:.1f} GB memory, {free / 2**30:.0f} GB disk free, {os.cpu_count()} cores"
+    )
 
 
 def _decode() -> str:
@@ -155,8 +159,8 @@ def _ray() -> str:
 
     with connected():
         answer = ray.get(ray.remote(_answer).remote())
-        resources = ray.cluster_resources()
-    return f"{ray.__version__}, a worker answers from Python {answer}, {resources.get('CPU', 0):.0f} CPUs"
+        nodes = ray.nodes()
+    return f"{ray.__version__}, a worker answers from Python {answer}, {len(nodes)} node"
 
 
 def _answer() -> str:
@@ -178,4 +182,6 @@ def _store(url: str) -> str:
     except AlreadyExists:
         if store.read(path) == b"crab":
             return f"writes, reads, and refuses to overwrite ({path} stays there, 4 bytes)"
-    raise RuntimeError("this store overwrites files that exist; it must honour If-None-Match on PUT")
+    raise RuntimeError(
+        "this store overwrites files that exist; it must honour If-None-Match on PUT"
+    )

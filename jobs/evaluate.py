@@ -10,7 +10,7 @@ from typing import Any
 from crab.evaluate import constant_baseline, get_task, render_table, score
 from crab.predict import predict
 from crab.samples import Sample
-from crab.tasks import Metrics
+from crab.tasks import Metrics, avqa
 from crab_platform import tracking
 from jobs.adapters import find_adapter, load_adapter
 from jobs.data import Dataset, load_dataset
@@ -19,6 +19,7 @@ from jobs.output import RESULT, console, progress, write_result
 from jobs.spec import EvaluateSpec, spec_record
 
 PREDICTIONS = "predictions.jsonl"
+_AVQA = "avqa"
 
 
 def run(spec: EvaluateSpec) -> dict[str, Any]:
@@ -58,16 +59,27 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
         scores = score(asked, texts)
         train = _samples(datasets, spec, "train")
         baselines = {task: constant_baseline(task, train, asked) for task in scores}
+        priors = _type_priors(train, asked)
         _write_predictions(spec, asked, texts)
-        result = _result(spec, str(folder), run_.run_id, scores, baselines, left_out)
-        run_.metrics({f"{task}/{m}": v for task, values in scores.items() for m, v in values.items()})
+        result = _result(spec, str(folder), run_.run_id, scores, baselines, priors, left_out)
         run_.metrics(
-            {f"{t}/constant_{get_task(t).headline}": b[1][get_task(t).headline] for t, b in baselines.items()}
+            {f"{task}/{m}": v for task, values in scores.items() for m, v in values.items()}
+        )
+        run_.metrics(
+            {
+                f"{t}/constant_{get_task(t).headline}": b[1][get_task(t).headline]
+                for t, b in baselines.items()
+            }
         )
         write_result(spec.folder, result)
         run_.file(spec.folder / RESULT)
         run_.file(spec.folder / PREDICTIONS)
     console.print(render_table(scores, baselines))
+    for task, metrics in priors.items():
+        console.print(
+            f"{task}: the commonest answer to each type of question, blind to the clip, reaches "
+            f"{metrics[get_task(task).headline]:.3f}"
+        )
     if left_out:
         console.print(f"without features, counted as wrong: {dict(left_out)}")
     return result
@@ -98,6 +110,7 @@ def _result(
     run_id: str,
     scores: dict[str, Metrics],
     baselines: dict[str, tuple[str, Metrics]],
+    priors: dict[str, Metrics],
     left_out: Counter[str],
 ) -> dict[str, Any]:
     constants: defaultdict[str, dict[str, Any]] = defaultdict(dict)
@@ -115,12 +128,23 @@ def _result(
             for task, metrics in scores.items()
             if metrics[get_task(task).headline] > baselines[task][1][get_task(task).headline]
         ),
+        "type_priors": priors,
         "left_out": dict(left_out),
         "mlflow_run": run_id,
     }
 
 
-def _write_predictions(spec: EvaluateSpec, samples: Sequence[Sample], texts: dict[str, str]) -> None:
+def _type_priors(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, Metrics]:
+    """What is reached by reading the question alone; only AVQA asks more than one."""
+    train, test = ([s for s in samples if s.task == _AVQA] for samples in (train, test))
+    if not train or not test:
+        return {}
+    return {_AVQA: get_task(_AVQA).score(test, avqa.type_prior(train, test))}
+
+
+def _write_predictions(
+    spec: EvaluateSpec, samples: Sequence[Sample], texts: dict[str, str]
+) -> None:
     spec.folder.mkdir(parents=True, exist_ok=True)
     with (spec.folder / PREDICTIONS).open("w", encoding="utf-8") as file:
         for sample in samples:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crab.encoders import AudioEncoder, VisionEncoder, load_encoder
+from crab.encoders import AudioEncoder, Encoder, VisionEncoder, load_encoder
 from crab.evaluate import get_task
 from crab.media import DecodePool, DecodeRequest, Failure
 from crab.model.collate import Example
@@ -45,6 +45,7 @@ def predict_media(
         raise SpecError("encoders: video needs an encoder of kind clip, audio one of kind beats")
     model, collate = load_adapter(find_adapter(str(adapter), os.path.abspath(runs)))
     layers = {"video": model.config.video.layer, "audio": model.config.audio.layer}
+    encoders_of: dict[str, Encoder] = {"video": video, "audio": audio}
     requests = [
         DecodeRequest(source=url, video=sampling.video(video.image_size), audio=sampling.audio())
         for url in media
@@ -52,14 +53,11 @@ def predict_media(
     answers: list[dict[str, Any]] = []
     with DecodePool(num_workers=1) as pool:
         for url, result in zip(media, pool.decode(requests), strict=True):
-            streams = {
-                "video": (result.decoded.video, video),
-                "audio": (result.decoded.audio, audio),
-            }
-            lost = [value for value, _ in streams.values() if isinstance(value, Failure)]
+            streams = {"video": result.decoded.video, "audio": result.decoded.audio}
+            lost = [value for value in streams.values() if isinstance(value, Failure)]
             features = {
-                name: {layers[name]: encoder.encode(value)[layers[name]]}
-                for name, (value, encoder) in streams.items()
+                name: {layers[name]: encoders_of[name].encode(value)[layers[name]]}
+                for name, value in streams.items()
                 if value is not None and not isinstance(value, Failure)
             }
             if not features or any(failure.reason not in _SILENT for failure in lost):
@@ -88,7 +86,14 @@ def _sample(url: str, task: str, instruction: str, features: dict[str, Any]) -> 
     # The answer is not read when generating; the model of samples wants one.
     media = {"video": url} if "video" in features else {"audio": url}
     return Sample(
-        id=url, task=task, split="test", clip=url, instruction=instruction, answer="?", label={}, **media
+        id=url,
+        task=task,
+        split="test",
+        clip=url,
+        instruction=instruction,
+        answer="?",
+        label={},
+        **media,
     )
 
 

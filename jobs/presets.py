@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,14 @@ def encoder_configs(spec: Encoders) -> tuple[EncoderConfig, EncoderConfig]:
             f"encoders: preset {spec.preset!r} brings no weights; give video.path (a CLIP folder) and "
             "audio.path (a BEATs checkpoint), for example --set encoders.video.path=/models/clip-vit-l-14"
         )
-    return video, audio
+    return _absolute(video), _absolute(audio)
+
+
+def _absolute(config: EncoderConfig) -> EncoderConfig:
+    """Workers stand in other folders."""
+    return (
+        config.model_copy(update={"path": os.path.abspath(config.path)}) if config.path else config
+    )
 
 
 def crab_model_config(spec: Model) -> CrabConfig:

@@ -65,7 +65,7 @@ def run(spec: PretrainSpec) -> dict[str, Any]:
             spec.llm_steps,
             lambda **o: pretrain.train_llm(llm, tokenizer, scenes, batch=spec.batch_size, **o),
         )
-        llm.to(torch.float16).save_pretrained(out / "llm")
+        llm.half().save_pretrained(out / "llm")
         tokenizer.save_pretrained(out / "llm")
         result = {"job": spec.job, "name": spec.name, "out": str(out), "metrics": metrics}
         write_result(spec.folder, result)

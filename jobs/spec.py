@@ -132,7 +132,7 @@ class Job(Record):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     runs: Place = Field(default="work/runs", validate_default=True)
     """Folder of all runs; this one's is runs/name."""
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
 
     @property
     def folder(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from crab.model.llm import load_tokenizer
 from crab_platform import ray_cluster, tracking
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
-from crab_platform.training import TrainingConfig, train
+from crab_platform.training import Recipe, TrainingConfig, train
 from jobs.data import load_dataset
 from jobs.features import FeatureReader, open_manifest, usable
 from jobs.output import RESULT, console, progress, read_result, table, write_result
@@ -88,7 +88,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             "identity": identity,
             "mlflow_run": run_.run_id,
         }
-        build = partial(_build, spec, manifest, str(adapter), lineage)
+        build: Callable[[], Recipe] = partial(_build, spec, manifest, str(adapter), lineage)
         trained = train(build, config, on_metrics)
         run_.file(adapter, "adapter")
         result = {

@@ -199,8 +199,8 @@ class DecodePool:
         )
 
     def _attempt(self, slot: int, request: DecodeRequest) -> Decoded:
-        child = self._child(slot)
         try:
+            child = self._child(slot)
             decoded = child.ask(request, self._timeout_s)
         except ChildTimeoutError as error:
             self._discard(slot)

@@ -36,11 +36,12 @@ class ChildTimeoutError(Exception):
 
 
 class ChildDiedError(Exception):
-    """The child ended without an answer. `out_of_memory` if it said so before it went."""
+    """The child ended without an answer. `out_of_memory` if it said so before it went, `by_signal` if it was killed."""
 
-    def __init__(self, detail: str, *, out_of_memory: bool) -> None:
+    def __init__(self, detail: str, *, out_of_memory: bool, by_signal: bool = False) -> None:
         super().__init__(detail)
         self.out_of_memory = out_of_memory
+        self.by_signal = by_signal
 
 
 class ChildProcess:
@@ -54,7 +55,7 @@ class ChildProcess:
 
     def __init__(self, decode: Any, memory_bytes: int) -> None:
         """Start a child that will run `decode`, a module-level function. Raises RuntimeError if it
-        cannot start.
+        cannot start, ChildDiedError if it was killed while it did: the next one may live.
         """
         self.num_answered = 0
         self._interrupted = False
@@ -81,6 +82,8 @@ class ChildProcess:
             self.ask((decode, memory_bytes), START_LIMIT_S)
         except (ChildTimeoutError, ChildDiedError) as error:
             self.kill()
+            if isinstance(error, ChildDiedError) and error.by_signal:
+                raise
             raise RuntimeError(
                 f"a decode child could not start: {error}; check that "
                 f"`python -c 'import crab.media.clip'` works and "
@@ -137,7 +140,11 @@ class ChildProcess:
         if status == signal.SIGKILL and code != os.CLD_EXITED:
             how += " (the kernel's out-of-memory killer, or somebody)"
         out_of_memory = any(sign in tail for sign in _OUT_OF_MEMORY)
-        return ChildDiedError(f"{how}: {tail}" if tail else how, out_of_memory=out_of_memory)
+        return ChildDiedError(
+            f"{how}: {tail}" if tail else how,
+            out_of_memory=out_of_memory,
+            by_signal=code != os.CLD_EXITED,
+        )
 
     def _stderr_tail(self) -> str:
         size = os.fstat(self._stderr).st_size

@@ -33,6 +33,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         # The dashboard is not for looking at: Ray Train asks it whether its controller lives, and with it off
         # placement groups of stopped trials leak.
         ray.init(
+            address="local",  # without it a cluster that somebody made here with `ray start` would be joined
             num_cpus=num_cpus or max(2, os.cpu_count() or 2),
             include_dashboard=True,
             dashboard_host="127.0.0.1",

@@ -93,15 +93,32 @@ def fetch(url: str) -> Iterator[Fetched]:
             fetched = Fetched(path=path, sha256=sha256, num_bytes=size, version=version)
         else:
             fetched = _download(url)
-    except FileNotFoundError as error:
-        raise SourceError(NOT_FOUND, str(error) or url) from error
-    except OSError as error:
-        raise SourceError(UNREACHABLE, f"{url}: {error}") from error
+    except Exception as error:
+        if _is_missing(url, error):
+            raise SourceError(NOT_FOUND, str(error) or url) from error
+        # Clients of remote stores have errors of their own: botocore's are not OSErrors.
+        if isinstance(error, OSError) or not is_local(url):
+            raise SourceError(UNREACHABLE, f"{url}: {error or type(error).__name__}") from error
+        raise
     try:
         yield fetched
     finally:
         if not is_local(url):
             os.unlink(fetched.path)
+
+
+def _is_missing(url: str, error: Exception) -> bool:
+    """Whether an error says that there is no such file."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    # fsspec says "no such file" of an HTTP server that fails or does not answer, too.
+    return not (
+        url.startswith(("http://", "https://"))
+        and cause is not None
+        and not isinstance(cause, FileNotFoundError)
+        and getattr(cause, "status", None) not in (404, 410)
+    )
 
 
 def _local_path(url: str) -> str:
@@ -121,10 +138,8 @@ def _remote_versions(folder: str, urls: list[str]) -> dict[str, str | None]:
     filesystem, path = url_to_fs(folder)
     try:
         listing = {entry["name"]: entry for entry in filesystem.ls(path, detail=True, refresh=True)}
-    except (
-        OSError,
-        TypeError,
-    ):  # no such folder, or a filesystem that cannot list: then every file is read
+    except Exception:
+        # No such folder, no answer, or a filesystem that cannot list. Then every file is read, which tells the reason.
         return dict.fromkeys(urls)
     names = {url: f"{path.rstrip('/')}/{url.rpartition('/')[2]}" for url in urls}
     return {url: _remote_version(listing[n]) if n in listing else None for url, n in names.items()}

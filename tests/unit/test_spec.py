@@ -1,0 +1,125 @@
+"""Specs: what is refused, how it is said, and what counts as the same job."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.presets import crab_model_config, encoder_configs
+from jobs.spec import (
+    EvaluateSpec,
+    PreprocessSpec,
+    SpecError,
+    TrainSpec,
+    load_spec,
+    parse_spec,
+    spec_digest,
+)
+
+SPECS = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+TRAIN = {
+    "job": "train",
+    "name": "a",
+    "data": [{"name": "d", "samples": "s.jsonl"}],
+    "features": {"cache": "c", "manifest": "m"},
+    "optimisation": {"steps": 2, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_spec_shipped_is_valid(path: Path) -> None:
+    assert load_spec(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("optimisation.step=3", "optimisation.step: unknown key; did you mean 'steps'"),
+        ("optimization.steps=3", "did you mean 'optimisation'"),
+        ("workers.zzz=1", "known here: checkpoint_every, count"),
+        ("optimisation.steps=0", "greater than or equal to 1"),
+        ("job=tain", "expected one of preprocess, train"),
+        ("workers=3", "workers"),
+        ("optimisation.steps", "expected a.b=value"),
+        ("name=Not Allowed", "name"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: str, said: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(str(TRAIN).replace("'", '"'))  # JSON is YAML
+    with pytest.raises(SpecError) as error:
+        load_spec(path, [change])
+    assert said in str(error.value)
+
+
+def test_a_spec_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"train-shapes\.yaml"):
+        load_spec(tmp_path / "nothing.yaml")
+
+
+def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("job: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(SpecError, match="not YAML"):
+        load_spec(path)
+
+
+def test_paths_become_absolute_and_urls_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = parse_spec(TRAIN | {"features": {"cache": "s3://b/p", "manifest": "m"}})
+    assert isinstance(spec, TrainSpec)
+    assert spec.features.cache == "s3://b/p"
+    assert spec.data[0].samples == str(tmp_path / "s.jsonl")
+    assert spec.runs == str(tmp_path / "work" / "runs")
+    assert spec.tracking.uri == f"sqlite:///{tmp_path}/work/mlflow.db"
+
+
+def test_placement_is_not_identity() -> None:
+    def identity(**changes: object) -> str:
+        spec = parse_spec(TRAIN | changes)
+        return spec_digest(spec, ("name", "runs", "tracking", "workers", "features"))
+
+    assert identity() == identity(name="b", runs="elsewhere", workers={"count": 4})
+    assert identity() != identity(optimisation={"steps": 2, "batch_size": 4, "seed": 1})
+    assert identity() != identity(model={"set": {"adapter": {"num_heads": 2}}})
+
+
+def test_a_model_is_a_preset_and_what_differs() -> None:
+    spec = parse_spec(TRAIN | {"model": {"set": {"adapter": {"num_heads": 5}}}})
+    assert isinstance(spec, TrainSpec)
+    config = crab_model_config(spec.model)
+    assert config.adapter.num_heads == 5
+    assert config.adapter.r == 8
+    with pytest.raises(ValueError, match="num_head"):
+        crab_model_config(spec.model.model_copy(update={"set": {"adapter": {"num_head": 5}}}))
+
+
+def test_the_paper_preset_names_what_it_needs() -> None:
+    spec = parse_spec(
+        {
+            "job": "preprocess",
+            "name": "a",
+            "data": [{"name": "d", "files": "."}],
+            "cache": "c",
+            "encoders": {"preset": "paper"},
+        }
+    )
+    assert isinstance(spec, PreprocessSpec)
+    with pytest.raises(SpecError, match=r"video\.path"):
+        encoder_configs(spec.encoders)
+
+
+def test_an_evaluation_takes_one_split() -> None:
+    with pytest.raises(SpecError, match="split"):
+        parse_spec(
+            {
+                "job": "evaluate",
+                "name": "a",
+                "data": [{"name": "d", "samples": "s"}],
+                "features": {"cache": "c", "manifest": "m"},
+                "adapter": "t",
+                "split": "everything",
+            }
+        )
+    assert EvaluateSpec.model_fields["split"].default == "test"

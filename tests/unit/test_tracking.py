@@ -1,0 +1,54 @@
+"""MLflow runs in a real sqlite file."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from crab_platform.tracking import flatten, start_run
+
+DIGEST = "a1" * 32
+
+
+def test_a_run_holds_spec_commit_data_metrics_and_files(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/deep/mlflow.db"
+    note = tmp_path / "note.txt"
+    note.write_text("hello")
+    spec = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 7000}
+    with start_run(uri, "experiment", "name", spec=spec, tags={"identity": "i"}) as run:
+        run.metrics({"loss": 2.0}, step=1)
+        run.metrics({"loss": 1.0, "loss/ave": 0.5}, step=2)
+        run.dataset("shapes", DIGEST, "s3://bucket/manifests/x.parquet")
+        run.file(note)
+    client = MlflowClient(uri)
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["a.b"] == "1"
+    assert len(found.data.params["d"]) == 6000
+    assert found.data.metrics == {"loss": 1.0, "loss/ave": 0.5}
+    assert [m.value for m in client.get_metric_history(run.run_id, "loss")] == [2.0, 1.0]
+    assert found.data.tags["identity"] == "i"
+    assert found.data.tags["git.commit"]
+    (dataset,) = found.inputs.dataset_inputs
+    assert dataset.dataset.name == "shapes"
+    assert {tag.key: tag.value for tag in dataset.tags}["manifest"] == DIGEST
+    assert {item.path for item in client.list_artifacts(run.run_id)} == {"note.txt", "spec.yaml"}
+    assert list(tmp_path.glob("deep/mlartifacts/**/note.txt"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("broken"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_run_that_ends_badly_says_so(tmp_path: Path, error: BaseException, status: str) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(type(error)), start_run(uri, "e", "n", spec={}) as run:
+        raise error
+    assert MlflowClient(uri).get_run(run.run_id).info.status == status
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        rows = database.execute("select count(*) from runs where status = 'RUNNING'").fetchall()
+    assert rows == [(0,)]
+
+
+def test_names_of_nested_values() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": None}) == {"a.b.c": "1", "d": "None"}
