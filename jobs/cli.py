@@ -150,8 +150,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        print(f"crab: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error}\nSee crab --help, or crab COMMAND --help.", 2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except typer.Abort:

@@ -65,7 +65,8 @@ def run(spec: PretrainSpec) -> dict[str, Any]:
             spec.llm_steps,
             lambda **o: pretrain.train_llm(llm, tokenizer, scenes, batch=spec.batch_size, **o),
         )
-        llm.half().save_pretrained(out / "llm")
+        torch.nn.Module.half(llm)
+        llm.save_pretrained(out / "llm")
         tokenizer.save_pretrained(out / "llm")
         result = {"job": spec.job, "name": spec.name, "out": str(out), "metrics": metrics}
         write_result(spec.folder, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from crab_platform.storage import StoreUnreachable
 from jobs.spec import Spec
 
 
@@ -15,9 +16,29 @@ class JobFailed(Exception):  # noqa: N818 (the condition that the command line r
 def run_spec(spec: Spec) -> dict[str, Any]:
     """Runs a job of any kind and returns what result.json of its run holds.
 
-    Raises ValueError for wrong input, StoreUnreachable when the cache cannot be used, JobFailed when the work failed.
+    Raises ValueError for wrong input, StoreUnreachable when the cache cannot be used, JobFailed when the work failed in
+    Ray's workers.
     """
     # Each kind imports what it needs: a preprocess job needs no DeepSpeed.
     module = importlib.import_module(f"jobs.{spec.job}")
-    result: dict[str, Any] = module.run(spec)
+    try:
+        result: dict[str, Any] = module.run(spec)
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        raise _in_plain_words(spec, error) from error
     return result
+
+
+def _in_plain_words(spec: Spec, error: Exception) -> Exception:
+    """What a worker raised, without Ray's frames around it."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(error, StoreUnreachable):
+        return StoreUnreachable(str(cause))
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    said = lines[-1].strip() if lines else type(cause).__name__
+    return JobFailed(
+        f"{spec.job} job {spec.name!r} failed: {type(cause).__name__}: {said}\n"
+        "The workers' logs are in /tmp/ray/session_latest/logs. Mend it and start the same command again: what was "
+        "done is not done again."
+    )

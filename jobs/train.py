@@ -134,9 +134,10 @@ class CrabRecipe:
         assert config.llm.path is not None
         self._spec, self._adapter, self._lineage = spec, adapter, dict(lineage)
         self._tokenizer = load_tokenizer(config.llm.path)
-        self.model = build_model(config, self._tokenizer)
+        self._crab = build_model(config, self._tokenizer)
+        self.model: torch.nn.Module = self._crab
         self.num_steps = spec.optimisation.steps
-        self._collate = Collator(config, self._tokenizer, self.model.table)
+        self._collate = Collator(config, self._tokenizer, self._crab.table)
         datasets = [load_dataset(source, spec.features.tasks) for source in spec.data]
         self._items, self.left_out = usable(datasets, manifest, spec.tasks, "train")
         layers = {
@@ -151,7 +152,7 @@ class CrabRecipe:
 
     def parameters(self) -> list[dict[str, Any]]:
         return schedule.parameter_groups(
-            self.model.trainable_parameters(), weight_decay=self._spec.optimisation.weight_decay
+            self._crab.trainable_parameters(), weight_decay=self._spec.optimisation.weight_decay
         )
 
     def learning_rate(self, step: int) -> float:
@@ -177,7 +178,7 @@ class CrabRecipe:
     def loss(
         self, model: torch.nn.Module, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        device = self.model.new_embedding.rows.device
+        device = self._crab.new_embedding.rows.device
         tensors = {name: tensor.to(device) for name, tensor in batch["tensors"].items()}
         output = model(tensors, batch["normalizer"])
         sums: dict[str, torch.Tensor] = {}
@@ -205,4 +206,4 @@ class CrabRecipe:
             "preset": self._spec.model.preset,
             "llm_given": self._spec.model.llm,
         }
-        save_model(self.model, self._tokenizer, self._adapter, state=state, lineage=lineage)
+        save_model(self._crab, self._tokenizer, self._adapter, state=state, lineage=lineage)
