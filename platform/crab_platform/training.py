@@ -5,14 +5,14 @@ its model and its batches. What is trained must be small next to what is frozen 
 checkpoint holds only trained parameters, their optimizer state and the step: the data order and the dropout of a
 step are functions of (seed, step), which makes the step the whole cursor.
 
-Checkpoints are written by DeepSpeed on every rank, merged by Ray Train, and carry a marker of our own that is
-written last; DeepSpeed's own `latest` file is published before all ranks are done and is not trusted.
+Metrics do not travel with `ray.train.report`: Ray Train's controller takes one report every two seconds
+(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S), and a worker that has another one waits. Rank 0 puts them in a queue that the
+driver reads; only checkpoints are reported. See checkpoint.py for what makes a checkpoint one.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-_LOG = logging.getLogger(__name__)
+from crab_platform import checkpoint
 
 
 class Recipe(Protocol):
@@ -63,7 +63,11 @@ class Recipe(Protocol):
         ...
 
     def export(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Called on rank 0 after the last step with the full trained parameters by name, on the CPU."""
+        """Called on rank 0 after the last step with the full trained parameters by name, on the CPU.
+
+        Called again if the run is killed before it has ended, or started again when it has: it must replace what is
+        there.
+        """
         ...
 
 
@@ -94,12 +98,18 @@ class TrainingConfig:
         for name in (
             "num_workers",
             "micro_batches",
+            "micro_batch_size",
             "checkpoint_every",
             "log_every",
             "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def run(self) -> str:
+        """The run's own folder, a path or URL."""
+        return f"{self.storage_path.rstrip('/')}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +151,15 @@ def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
 def train(
     build: Callable[[], Recipe], config: TrainingConfig, on_metrics: OnMetrics | None = None
 ) -> TrainingResult:
-    """Runs the recipe to its last step, resuming from the newest checkpoint of the same name and storage path.
+    """Runs the recipe to its last step, resuming from the newest whole checkpoint of the same name and storage path.
 
     Args:
         build: called in every worker; must be picklable (a module-level function or a partial of one).
-        on_metrics: called in this process, in another thread, with the metrics of every logged step, in order. Steps
-            that are done again after a failure are reported again.
+        on_metrics: called in this process, in another thread, with the metrics of every logged step: once a step and
+            in order, also when steps are done again after a failure. An error that it raises is raised at the end.
+
+    Returns:
+        The metrics of the last step, and the run's folder.
 
     Raises:
         ray.train.TrainingFailedError: when the workers failed more than `config.max_failures` times.
@@ -154,10 +167,11 @@ def train(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with _forwarded(on_metrics) as callbacks:
+    checkpoint.mend(config.run)
+    with _forwarded(on_metrics) as reports:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"build": build, "config": config},
+            train_loop_config={"build": build, "config": config, "reports": reports},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.num_workers,
@@ -170,19 +184,29 @@ def train(
                 storage_path=config.storage_path,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-                callbacks=callbacks,
                 worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]  # V2 has it
             ),
         )
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except (
+            SystemExit
+        ) as error:  # how Ray Train ends on Ctrl-C, after it has stopped its workers
+            raise KeyboardInterrupt from error
     return TrainingResult(metrics=dict(result.metrics or {}), path=str(result.path))
 
 
 def _worker_environment(config: TrainingConfig) -> dict[str, str]:
     threads = str(max(1, int(config.cpus_per_worker)))
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if not config.use_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "DS_ACCELERATOR": "cuda" if config.use_gpu else "cpu",
+    }
+    if config.use_gpu:
+        environment["CUBLAS_WORKSPACE_CONFIG"] = (
+            ":4096:8"  # cuBLAS repeats itself only with a fixed workspace
+        )
     return environment | dict(config.environment)
 
 
@@ -193,6 +217,15 @@ def _worker(loop_config: dict[str, Any]) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     config: TrainingConfig = loop_config["config"]
+    reports = loop_config["reports"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    # A resumed run must repeat the one that was not stopped. Where CUDA has only a kernel that does not repeat itself
+    # (attention that is not flash), it says so and goes on.
+    torch.use_deterministic_algorithms(True, warn_only=config.use_gpu)
+    # That switch also fills new memory with NaN, which costs time and is for finding bugs.
+    debugging: Any = torch.utils.deterministic
+    debugging.fill_uninitialized_memory = False
     settings = deepspeed_config(config)
     deepspeed.init_distributed(dist_backend="nccl" if config.use_gpu else "gloo", verbose=False)
     # Alive until the model is built: from_pretrained then shards frozen weights as it reads them, so that no rank
@@ -205,10 +238,12 @@ def _worker(loop_config: dict[str, Any]) -> None:
         recipe.parameters(), lr=recipe.learning_rate(0), weight_decay=config.weight_decay
     )
     engine, *_ = deepspeed.initialize(model=recipe.model, optimizer=optimizer, config=settings)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
 
-    step = _resume(engine)
+    layout = checkpoint.layout(
+        recipe.model,
+        {"world_size": world_size, "zero_stage": config.zero_stage, "dtype": config.dtype},
+    )
+    step = checkpoint.resume(engine, config.run, rank, layout)
     while step < recipe.num_steps:
         started = time.perf_counter()
         for group in engine.optimizer.param_groups:
@@ -217,13 +252,21 @@ def _worker(loop_config: dict[str, Any]) -> None:
         step += 1
         metrics |= {"step": float(step), "seconds_per_step": time.perf_counter() - started}
         last = step == recipe.num_steps
+        # Before the checkpoint, and waiting until it is there: a step that is not done again was seen.
+        if rank == 0 and reports is not None and (step % config.log_every == 0 or last):
+            reports.put(metrics)
         if step % config.checkpoint_every == 0 or last:
             with tempfile.TemporaryDirectory(prefix="crab-checkpoint-") as folder:
-                _save(engine, Path(folder), step, rank, world_size)
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        elif step % config.log_every == 0:
-            ray.train.report(metrics)
-    _export(engine, recipe, step, rank)
+                checkpoint.save(engine, Path(folder), step, rank, layout)
+                ray.train.report(
+                    metrics,
+                    checkpoint=ray.train.Checkpoint.from_directory(folder),
+                    checkpoint_dir_name=checkpoint.new_name(step),  # rank 0's counts
+                )
+    state = checkpoint.gather_trained(recipe.model, rank)
+    if rank == 0:
+        recipe.export(state, step)
+    torch.distributed.barrier()
 
 
 def _train_step(
@@ -232,6 +275,7 @@ def _train_step(
     engine.train()
     names: list[str] = []
     totals: torch.Tensor | None = None
+    num_batches = 0
     for micro, batch in enumerate(recipe.micro_batches(step, rank, world_size)):
         torch.manual_seed(recipe.seed(step, micro, rank))
         loss, sums = recipe.loss(engine, batch)
@@ -242,110 +286,53 @@ def _train_step(
         names = sorted(values)
         stacked = torch.stack([values[name].detach().double().cpu() for name in names])
         totals = stacked if totals is None else totals + stacked
-    if totals is None:
-        raise ValueError(f"the recipe gave no batch for step {step} on rank {rank} of {world_size}")
-    if torch.distributed.is_initialized() and world_size > 1:
-        on_device = totals.to(engine.device)
-        torch.distributed.all_reduce(on_device)
-        totals = on_device.cpu()
+        num_batches = micro + 1
+    if totals is None or num_batches != config.micro_batches:
+        raise ValueError(
+            f"the recipe gave {num_batches} micro batches for step {step} on rank {rank} of {world_size}, expected "
+            f"micro_batches={config.micro_batches}: DeepSpeed would take its optimizer step at another place"
+        )
+    on_device = totals.to(engine.device)
+    torch.distributed.all_reduce(on_device)
+    totals = on_device.cpu()
     sums_of_step = dict(zip(names, totals.tolist(), strict=True))
     metrics = recipe.metrics(sums_of_step) | {"loss": sums_of_step["loss"]}
     metrics["learning_rate"] = recipe.learning_rate(step)
     norm = engine.get_global_grad_norm()
     if norm is not None:
         metrics["gradient_norm"] = float(norm)
+    wrong = [n for n in ("loss", "gradient_norm") if not math.isfinite(metrics.get(n, 0.0))]
+    if wrong:
+        raise FloatingPointError(
+            f"step {step + 1}: {wrong[0]} is {metrics[wrong[0]]} at learning rate {metrics['learning_rate']:g}; "
+            "no checkpoint holds it. Lower the rate, or train in float32"
+        )
     return metrics
 
 
-def _save(engine: Any, folder: Path, step: int, rank: int, world_size: int) -> None:
-    engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "latest"
-    }
-    marker = {"step": step, "rank": rank, "world_size": world_size, "files": files}
-    (folder / f"complete-{rank}.json").write_text(json.dumps(marker))
-
-
-def completed_step(folder: Path) -> int | None:
-    """The step of a checkpoint folder, or None if anything that its ranks wrote is not there in full."""
-    markers = [json.loads(path.read_text()) for path in folder.glob("complete-*.json")]
-    if not markers or len(markers) != markers[0]["world_size"]:
-        return None
-    for marker in markers:
-        for name, size in marker["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                return None
-    return int(markers[0]["step"])
-
-
-def _resume(engine: Any) -> int:
-    """Loads the newest complete checkpoint of the run and returns its step; 0 when there is none."""
-    import ray.train
-
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return 0
-    reported = [item.checkpoint for item in ray.train.get_all_reported_checkpoints()]
-    for checkpoint in [newest, *(c for c in reversed(reported) if c.path != newest.path)]:
-        with checkpoint.as_directory() as folder:
-            step = completed_step(Path(folder))
-            if step is None:
-                _LOG.warning(
-                    "checkpoint %s is incomplete; trying the one before it", checkpoint.path
-                )
-                continue
-            loaded, _ = engine.load_checkpoint(folder, tag="state", load_module_strict=False)
-            if loaded is None:
-                raise RuntimeError(f"DeepSpeed could not load checkpoint {checkpoint.path}")
-            return step
-    raise RuntimeError(
-        f"no complete checkpoint among {[c.path for c in reported]}; remove the run to start again"
-    )
-
-
-def _export(engine: Any, recipe: Recipe, step: int, rank: int) -> None:
-    import deepspeed
-
-    trained = [(name, p) for name, p in recipe.model.named_parameters() if p.requires_grad]
-    with deepspeed.zero.GatheredParameters([p for _, p in trained], modifier_rank=None):
-        state = {name: p.detach().to("cpu", copy=True) for name, p in trained} if rank == 0 else {}
-    if rank == 0:
-        empty = sorted(name for name, value in state.items() if value.numel() == 0)
-        if empty:
-            raise RuntimeError(f"ZeRO-3 gave empty tensors for {empty[:5]}: nothing was exported")
-        recipe.export(state, step)
-    torch.distributed.barrier()
-
-
 @contextmanager
-def _forwarded(on_metrics: OnMetrics | None) -> Iterator[list[Any]]:
-    """Ray Train callbacks that bring every report from Ray Train's controller to `on_metrics` in this process."""
+def _forwarded(on_metrics: OnMetrics | None) -> Iterator[Any]:
+    """A queue whose items, metrics of one step each, go to `on_metrics` in this process; None without `on_metrics`."""
     if on_metrics is None:
-        yield []
+        yield None
         return
-    import ray.train
     from ray.util.queue import Queue
 
     reports = Queue(actor_options={"num_cpus": 0})
 
-    class Forward(ray.train.UserCallback):
-        def after_report(
-            self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-        ) -> None:
-            # Rank 0 speaks for all: what is reported was added up over the ranks.
-            reports.put({name: float(value) for name, value in metrics[0].items()})
-
     def deliver() -> None:
+        seen = 0.0
         while (metrics := reports.get()) is not None:
-            on_metrics(metrics)
+            if (
+                metrics["step"] > seen
+            ):  # else it was done again after a failure, with the same result
+                seen = metrics["step"]
+                on_metrics(metrics)
 
     with ThreadPoolExecutor(1) as thread:
         delivered = thread.submit(deliver)
         try:
-            yield [Forward()]
+            yield reports
         finally:
             reports.put(None)
             delivered.result()
