@@ -20,16 +20,24 @@ case "$torch" in
     "${pip[@]}" install --require-hashes --no-deps -r "$here/lock.txt" -r "$here/cuda.txt"
     ;;
   cpu)
-    if [ "$(uname)" = Darwin ] || "${pip[@]}" download --no-deps --no-index -d "$(mktemp -d)" "torch==$version" >/dev/null 2>&1; then
-      echo "torch $version for the CPU, from pip's own sources"
+    if [ "$(uname)" = Darwin ]; then
+      echo "torch $version for the CPU, from PyPI"
       "${pip[@]}" install --require-hashes --no-deps -r "$here/lock.txt"
     else
-      # PyTorch's CPU wheels carry another version label than PyPI's, so this one file is not checked by our hashes.
-      echo "torch $version for the CPU, from PyTorch's index"
-      "${pip[@]}" install --no-deps "torch==$version" --index-url https://download.pytorch.org/whl/cpu
-      rest=$(mktemp)
-      awk '/^[a-zA-Z0-9]/ {skip = ($0 ~ /^torch==/)} !skip' "$here/lock.txt" > "$rest"
+      # Apart and first: offered both, pip would take PyPI's CUDA build, because an index states the file's hash and a
+      # folder does not.
+      only=$(mktemp) rest=$(mktemp)
+      awk '/^[a-zA-Z0-9]/ {keep = ($0 ~ /^torch==/)} keep' "$here/lock.txt" > "$only"
+      awk '/^[a-zA-Z0-9]/ {keep = ($0 !~ /^torch==/)} keep' "$here/lock.txt" > "$rest"
+      if "${pip[@]}" install --no-index --require-hashes --no-deps -r "$only" 2>/dev/null; then
+        echo "torch $version for the CPU, from a wheel at hand"
+      else
+        # PyTorch's CPU wheels are not PyPI's files, so this one is not checked by our hashes.
+        echo "torch $version for the CPU, from PyTorch's index"
+        "${pip[@]}" install --no-deps "torch==$version" --index-url https://download.pytorch.org/whl/cpu
+      fi
       "${pip[@]}" install --require-hashes --no-deps -r "$rest"
+      rm -f "$only" "$rest"
     fi
     ;;
   *)
