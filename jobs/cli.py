@@ -133,6 +133,7 @@ def _quieten() -> None:
     """Libraries' notes about themselves would hide what we say. Their warnings and errors still come through."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     # This process never trains, it starts workers that do; asked here, DeepSpeed looks for a GPU and complains.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|peft)\.")
