@@ -15,6 +15,10 @@ from servers.seaweedfs import S3Server, seaweedfs, weed_path
 
 from crab_platform.storage import Store, open_store
 
+# Ray's workers and other children import what tests hand them (recipes, hostile decoders) by name.
+_HERE = str(Path(__file__).resolve().parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
+
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
