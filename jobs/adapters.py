@@ -9,7 +9,7 @@ from typing import Any
 from crab.model.artifact import RECORD, load_model
 from crab.model.collate import Collator
 from crab.model.crab_model import CrabModel
-from jobs.output import read_result
+from jobs.output import finished_jobs, read_result
 from jobs.presets import TINY, llm_digest
 from jobs.spec import SpecError
 
@@ -22,7 +22,7 @@ def find_adapter(adapter: str, runs: str) -> Path:
     if result is None or "adapter" not in result:
         raise SpecError(
             f"adapter {adapter!r} is neither a folder with {RECORD} nor a finished train job in {runs}; "
-            f"train first, for example crab run jobs/specs/{Path(adapter).name}.yaml"
+            + finished_jobs(Path(runs), "adapter", adapter)
         )
     return Path(str(result["adapter"]))
 

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -30,7 +30,7 @@ app = typer.Typer(
 
       crab run jobs/specs/evaluate-shapes.yaml        score against the best constant answer
 
-    Exit codes: 0 done, 1 the work failed, 2 wrong input, 3 cannot reach something.
+    Exit codes: 0 done, 1 the work failed, 2 wrong input, 3 cannot reach something, 130 stopped by Ctrl-C.
     """,
 )
 
@@ -78,13 +78,18 @@ def run(
 
     # Ray tells of a worker that died on standard output, which is for the result alone.
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_spec(load_spec(spec, changes or []))
+        try:
+            result = run_spec(load_spec(spec, changes or []))
+        except KeyboardInterrupt:
+            _fail("stopped. The same command goes on from the last commit or checkpoint", 130)
     _finish(result, as_json)
 
 
 @app.command()
 def predict(
-    adapter: Annotated[Path, typer.Option(help="Folder of an exported adapter.")],
+    adapter: Annotated[
+        Path, typer.Option(help="Folder of an exported adapter, or the name of a train job.")
+    ],
     media: Annotated[list[str], typer.Argument(help="Clips: files or URLs.")],
     task: Annotated[str, typer.Option(help="ave, avvp or avqa.")],
     question: Annotated[str | None, typer.Option(help="What to ask; needed for avqa.")] = None,
@@ -96,9 +101,14 @@ def predict(
     answers = predict_media(adapter, media, task, question)
     if as_json:
         print(json.dumps(answers))
-        return
-    for answer in answers:
+    for answer in () if as_json else answers:
         print(f"{answer['media']}: {answer.get('text') or 'set aside: ' + str(answer['problem'])}")
+        if answer.get("without"):
+            print(
+                f"  (it has no {' and no '.join(answer['without'])}; what is said of that is invented)"
+            )
+        if "text" in answer and answer["answer"] is None:
+            print("  (not an answer in the task's grammar; it would count as wrong)")
     if all("text" not in answer for answer in answers):
         raise typer.Exit(1)
 
@@ -151,7 +161,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        _fail(f"{error}\nSee crab --help, or crab COMMAND --help.", 2)
+        message = str(error) or "which command?"
+        _fail(f"{message}\nSee crab --help, or crab COMMAND --help.", 2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except typer.Abort:
@@ -166,6 +177,6 @@ def main() -> None:
         _fail(str(error), 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"crab: {message}", file=sys.stderr)
     sys.exit(code)

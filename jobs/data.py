@@ -66,13 +66,18 @@ def load_dataset(source: DataSource, special: Mapping[str, str]) -> Dataset:
 
 
 def merge_sources(sources: Iterable[Source]) -> list[Source]:
-    """One source a file: a file named by several data sets keeps its first name and gets all streams."""
+    """One source a file: a file in several data sets is decoded once, with all streams, and stands under each name."""
     by_url: dict[str, Source] = {}
     for source in sources:
         known = by_url.get(source.url)
         if known is not None:
-            streams = tuple(dict.fromkeys(known.streams + source.streams))
-            source = Source(name=known.name, url=known.url, streams=streams)
+            names = dict.fromkeys((known.name, *known.aliases, source.name))
+            source = Source(
+                name=known.name,
+                url=known.url,
+                streams=tuple(dict.fromkeys(known.streams + source.streams)),
+                aliases=tuple(names)[1:],
+            )
         by_url[source.url] = source
     return list(by_url.values())
 

@@ -14,7 +14,7 @@ from crab_platform.catalog import Manifest, ManifestReader, read_manifest
 from crab_platform.packs import Array
 from crab_platform.storage import open_store
 from jobs.data import Dataset, MediaRef
-from jobs.output import read_result
+from jobs.output import finished_jobs, read_result
 from jobs.spec import Features, SpecError
 
 _SILENT = ("no_audio_stream", "no_video_stream")
@@ -38,8 +38,8 @@ def open_manifest(features: Features, runs: str) -> Manifest:
         result = read_result(Path(runs) / name)
         if result is None or "manifest" not in result:
             raise SpecError(
-                f"features.manifest: there is no finished preprocess job {name!r} in {runs}; run it first, for example "
-                f"crab run jobs/specs/{name}.yaml, or give a manifest's digest"
+                f"features.manifest: there is no finished preprocess job {name!r} in {runs} "
+                f"({finished_jobs(Path(runs), 'manifest', name)}); run it first, or give a manifest's digest"
             )
         digest = str(result["manifest"])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -40,11 +41,16 @@ def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+def line(text: str) -> None:
+    """One line that is not wrapped: what somebody may want to copy."""
+    console.print(text, soft_wrap=True)
+
+
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table for people."""
     printed = Table(title=title, title_justify="left")
     for name in head:
-        printed.add_column(name)
+        printed.add_column(name, overflow="fold")
     for row in rows:
         printed.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     console.print(printed)
@@ -58,6 +64,17 @@ def write_result(folder: Path, record: Mapping[str, Any]) -> None:
         json.dump(record, file, indent=2, sort_keys=True)
         file.write("\n")
     os.replace(temporary, folder / RESULT)
+
+
+def finished_jobs(runs: Path, key: str, name: str) -> str:
+    """For errors: the finished jobs in `runs` whose result has `key`, the one nearest to `name` first."""
+    found = [
+        path.parent.name for path in runs.glob(f"*/{RESULT}") if key in json.loads(path.read_text())
+    ]
+    near = difflib.get_close_matches(name, found, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"finished there: {', '.join(sorted(found)) or 'none yet'}"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from crab.model.collate import Example
 from crab.predict import predict
 from crab.samples import Sample
 from crab.tasks import ave, avqa, avvp
+from crab.tasks.spans import runs as runs_of
 from jobs.adapters import find_adapter, load_adapter
 from jobs.presets import encoder_configs
 from jobs.spec import Encoders, Sampling, SpecError
@@ -32,10 +34,11 @@ def predict_media(
     runs: str = "work/runs",
     max_new_tokens: int = 160,
 ) -> list[dict[str, Any]]:
-    """What the adapter says about each clip: {"media", "task", "text", "answer"} or {"media", "problem"}.
+    """What the adapter says about each clip: {"media", "task", "text", "answer", "without"} or {"media", "problem"}.
 
-    `answer` is the parsed answer as text, None where the text is not of the task's grammar. Raises ValueError for an
-    unknown task, an AVQA request without a question, or an adapter that is none.
+    `without` names streams that the clip does not have; `answer` is the parsed answer, None where the text is not of
+    the task's grammar. Raises ValueError for an unknown task, an AVQA request without a question, or an adapter that is
+    none.
     """
     get_task(task)
     instruction = _instruction(task, question)
@@ -71,15 +74,27 @@ def predict_media(
                 max_new_tokens=max_new_tokens,
             )
             parsed = get_task(task).parse(found.text)
+            without = sorted({"video", "audio"} - features.keys())
             answers.append(
                 {
                     "media": url,
                     "task": task,
                     "text": found.text,
-                    "answer": None if parsed is None else str(parsed),
+                    "answer": None if parsed is None else _plain(parsed),
+                    "without": without,
                 }
             )
     return answers
+
+
+def _plain(parsed: object) -> Any:
+    """A parsed answer as JSON values; seconds as [start, end] spans."""
+    if isinstance(parsed, avvp.AvvpEvents):
+        return {
+            stream: [[name, *span] for name, bits in grids.items() for span in runs_of(bits)]
+            for stream, grids in (("visual", parsed.visual), ("audio", parsed.audio))
+        }
+    return asdict(parsed) if is_dataclass(parsed) and not isinstance(parsed, type) else parsed
 
 
 def _sample(url: str, task: str, instruction: str, features: dict[str, Any]) -> Sample:

@@ -23,7 +23,7 @@ from crab_platform.work import (
     Work,
 )
 from jobs.data import load_dataset, merge_sources
-from jobs.output import RESULT, console, progress, table, write_result
+from jobs.output import RESULT, console, line, progress, table, write_result
 from jobs.presets import encoder_configs
 from jobs.spec import Decode, PreprocessSpec, SpecError, spec_record
 
@@ -159,9 +159,9 @@ def _show(spec: PreprocessSpec, manifest: Manifest, summary: Summary) -> None:
         ("read", f"{summary.media_bytes_read / 1e6:.1f} MB of media"),
         ("written", f"{summary.feature_bytes_written / 1e6:.1f} MB of features"),
         *((f"{name} time", f"{seconds:.1f} s") for name, seconds in summary.seconds.items()),
-        ("manifest", manifest.digest),
     ]
     table(f"{spec.name}: features in {spec.cache}", ("what", "how much"), rows)
+    line(f"manifest: {manifest.digest}")
     if manifest.set_aside():
         table(
             "set aside, nothing else was lost",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from crab import train as schedule
+from crab.evaluate import get_task
 from crab.model.artifact import save_model
 from crab.model.build import build_model
 from crab.model.collate import Collator
@@ -20,8 +21,8 @@ from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
 from crab_platform.training import Recipe, TrainingConfig, train
 from jobs.data import load_dataset
-from jobs.features import FeatureReader, open_manifest, usable
-from jobs.output import RESULT, console, progress, read_result, table, write_result
+from jobs.features import FeatureReader, Item, open_manifest, usable
+from jobs.output import RESULT, console, line, progress, read_result, table, write_result
 from jobs.presets import crab_model_config, llm_digest
 from jobs.spec import SpecError, TrainSpec, spec_digest, spec_record
 
@@ -41,10 +42,15 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     finished = read_result(spec.folder)
     if finished is not None and finished.get("identity") == identity:
         if Path(finished["adapter"]).is_dir():
-            console.print(
-                f"{spec.name}: trained already, nothing to do. Adapter: {finished['adapter']}"
-            )
+            line(f"{spec.name}: trained already, nothing to do. Adapter: {finished['adapter']}")
             return finished
+    datasets = [load_dataset(source, spec.features.tasks) for source in spec.data]
+    items, left_out = usable(datasets, manifest, spec.tasks, "train")
+    _check_answers(items)
+    console.print(
+        f"{spec.name}: {len(items)} train samples"
+        + (f", left out for want of features: {dict(left_out)}" if left_out else "")
+    )
     folder = spec.folder / identity[:12]
     adapter = folder / "adapter"
     config = TrainingConfig(
@@ -103,9 +109,23 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         }
         write_result(spec.folder, result)
         run_.file(spec.folder / RESULT)
-    rows = [(name, value) for name, value in sorted(trained.metrics.items())]
-    table(f"{spec.name}: adapter in {adapter}", ("last step", "value"), rows)
+    table(spec.name, ("last step", "value"), sorted(trained.metrics.items()))
+    line(f"adapter: {adapter}")
     return result
+
+
+def _check_answers(items: Sequence[Item]) -> None:
+    """A model that is shown answers which its task cannot read would learn to be scored as wrong."""
+    wrong = []
+    for item in items:
+        task = get_task(item.sample.task)
+        if task.parse(task.target(item.sample)) is None:
+            wrong.append(item.sample)
+    if wrong:
+        raise SpecError(
+            f"{len(wrong)} train samples have an answer that task {wrong[0].task!r} cannot read, the first is "
+            f"{wrong[0].id!r}: {wrong[0].answer!r}. crab/tasks/{wrong[0].task}.py states the grammar"
+        )
 
 
 def _micro_batch_size(spec: TrainSpec) -> int:

@@ -86,7 +86,10 @@ def preprocess(
             decoded += row.decoded
             done += row.last_of_file
             report(done, len(sources))
-    manifest = write_manifest(cache.store, [row.manifest_row() for row in rows])
+    names = {source.name: (source.name, *source.aliases) for source in sources}
+    manifest = write_manifest(
+        cache.store, [row.manifest_row(name) for row in rows for name in names[row.name]]
+    )
     seconds["look up"] += looked_up
     seconds["wall"] = time.perf_counter() - started
     return manifest, Summary(
@@ -105,7 +108,8 @@ def preprocess(
 
 
 def _check(work: Work, sources: Sequence[Source]) -> None:
-    twice = [name for name, count in Counter(s.name for s in sources).items() if count > 1]
+    names = Counter(name for s in sources for name in (s.name, *s.aliases))
+    twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} source names stand twice, the first: {sorted(twice)[:3]}")
     for source in sources:

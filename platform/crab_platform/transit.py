@@ -38,9 +38,10 @@ class Row:
     """Set on one row of a file that was decoded, like `seconds`, `media_bytes` and `last_of_file`."""
     last_of_file: bool = True
 
-    def manifest_row(self) -> ManifestRow:
+    def manifest_row(self, name: str) -> ManifestRow:
+        """The row of the manifest under one of the names of the file."""
         return ManifestRow(
-            source=self.name,
+            source=name,
             stream=self.stream,
             status="ready" if self.entry else "set_aside",
             reason=self.reason,

@@ -26,6 +26,8 @@ class Source:
     url: str
     streams: tuple[str, ...]
     """Names in `Work.streams`."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same file: the manifest has its rows under each."""
 
 
 @dataclass(frozen=True, kw_only=True)

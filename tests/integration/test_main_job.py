@@ -13,19 +13,23 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.ray
 
 
-def crab(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+def crab(folder: Path, *arguments: str) -> tuple[Any, str]:
     """Runs the command in `folder` with --json and returns what it printed: (result, what people see)."""
+    done = run(folder, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    done = subprocess.run(
-        [sys.executable, "-c", "from jobs.cli import main; main()", *arguments, "--json"],
+    return subprocess.run(
+        [sys.executable, "-c", "from jobs.cli import main; main()", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,7 @@ def test_an_answer_about_any_clip_and_a_reason_for_a_broken_one(folder: Path) ->
         *("--question", "How many objects are heard in the clip?", str(clip), str(broken)),
     )
     assert answers[0]["text"]
+    assert answers[0]["without"] == []
     assert "not_media" in answers[1]["problem"]
 
 
@@ -86,3 +91,28 @@ def test_the_exported_adapter_is_plain_peft_and_says_where_it_comes_from(folder:
     assert len(lineage["base_model"]) == 64
     config = json.loads((adapter / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_heads"]) == ("INTERACTION_LORA", 3)
+
+
+def test_answers_that_a_task_cannot_read_are_refused_before_training(folder: Path) -> None:
+    good = (folder / "work/shapes/samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in good]
+    for row in rows:
+        if row["task"] == "avqa":
+            row["answer"] = "two"
+    (folder / "work/shapes/bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "data=[{name: shapes, samples: work/shapes/bad.jsonl}]"
+    done = run(folder, "run", str(ROOT / "jobs/specs/train-shapes.yaml"), "--set", data)
+    assert done.returncode == 2
+    assert "'two'" in done.stderr
+    assert "crab/tasks/avqa.py" in done.stderr
+
+
+def test_no_answer_at_all_is_a_failure(folder: Path) -> None:
+    arguments = ("predict", "--adapter", "train-shapes", "--task", "ave", "nothing.mp4")
+    for more in ((), ("--json",)):
+        done = run(folder, *arguments, *more)
+        assert done.returncode == 1
+        assert "not_found" in done.stdout
+    near = run(folder, "predict", "--adapter", "train-shape", "--task", "ave", "nothing.mp4")
+    assert near.returncode == 2
+    assert "did you mean 'train-shapes'" in near.stderr
