@@ -42,7 +42,8 @@ def problems(cache_url: str, manifest_digest: str, truth: Truth) -> list[str]:
     named = [row.entry for row in read_manifest(cache.store, manifest_digest).ready() if row.entry]
     views = {
         "the index": list(index.lookup(index).values()),
-        "the manifest": named,
+        # A file may stand under several names; all of them must mean the same entry.
+        "the manifest": list(set(named)),
     }
     for view, entries in views.items():
         count = Counter(entry.key for entry in entries)
