@@ -23,7 +23,7 @@ def run_spec(spec: Spec) -> dict[str, Any]:
     module = importlib.import_module(f"jobs.{spec.job}")
     try:
         result: dict[str, Any] = module.run(spec)
-    except Exception as error:
+    except Exception as error:  # only Ray's own are reworded, all others go on as they are
         if not type(error).__module__.startswith("ray."):
             raise
         raise _in_plain_words(spec, error) from error

@@ -93,7 +93,7 @@ def fetch(url: str) -> Iterator[Fetched]:
             fetched = Fetched(path=path, sha256=sha256, num_bytes=size, version=version)
         else:
             fetched = _download(url)
-    except Exception as error:
+    except Exception as error:  # sorted below; what is not about the file is raised again
         if _is_missing(url, error):
             raise SourceError(NOT_FOUND, str(error) or url) from error
         # Clients of remote stores have errors of their own: botocore's are not OSErrors.
@@ -138,7 +138,7 @@ def _remote_versions(folder: str, urls: list[str]) -> dict[str, str | None]:
     filesystem, path = url_to_fs(folder)
     try:
         listing = {entry["name"]: entry for entry in filesystem.ls(path, detail=True, refresh=True)}
-    except Exception:
+    except Exception:  # any client's error: the read that follows tells the reason
         # No such folder, no answer, or a filesystem that cannot list. Then every file is read, which tells the reason.
         return dict.fromkeys(urls)
     names = {url: f"{path.rstrip('/')}/{url.rpartition('/')[2]}" for url in urls}
