@@ -18,6 +18,21 @@ Stream = Literal["video", "audio", "image"]
 Split = Literal["train", "val", "test"]
 
 
+class MaskRef(BaseModel):
+    """The true mask of one frame: some or all of the pixels of an image file.
+
+    Data sets have one frame a second, so frame i stands for second i; a sample with an image has frame 0 alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frame: int = Field(ge=0)
+    file: str = Field(min_length=1)
+    """PNG, named as media are."""
+    values: tuple[int, ...] | None = None
+    """Pixels with one of these values belong to the mask; None: every pixel that is not 0; (): the mask is empty."""
+
+
 class Sample(BaseModel):
     """One instruction, its reasoning and its tagged answer.
 
@@ -39,11 +54,19 @@ class Sample(BaseModel):
     reasoning: str = ""
     answer: str = Field(min_length=1)
     label: dict[str, Any]
+    masks: tuple[MaskRef, ...] = ()
 
     @model_validator(mode="after")
     def _has_media(self) -> Self:
         if self.video is None and self.audio is None and self.image is None:
             raise ValueError("a sample needs at least one of video, audio, image")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_mask_a_frame(self) -> Self:
+        frames = [mask.frame for mask in self.masks]
+        if len(set(frames)) < len(frames):
+            raise ValueError(f"masks for the frames {frames} given, expected one a frame at most")
         return self
 
     def media(self) -> list[tuple[str, Stream]]:
@@ -63,14 +86,17 @@ class Sample(BaseModel):
         return needed
 
     def resolve(self, base: str | Path) -> "Sample":
-        """The same sample with relative media paths joined to the folder (or URL) `base`."""
-        return self.model_copy(
-            update={
-                name: _join(str(base), value)
-                for name in ("video", "audio", "image")
-                if (value := getattr(self, name)) is not None
-            }
+        """The same sample with relative paths of media and masks joined to the folder (or URL) `base`."""
+        here = str(base)
+        media = {
+            name: _join(here, value)
+            for name in ("video", "audio", "image")
+            if (value := getattr(self, name)) is not None
+        }
+        masks = tuple(
+            mask.model_copy(update={"file": _join(here, mask.file)}) for mask in self.masks
         )
+        return self.model_copy(update={**media, "masks": masks})
 
 
 def read_samples(path: str | Path, *, resolve: bool = True) -> list[Sample]:

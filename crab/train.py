@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,6 +75,90 @@ def batch_indices(seed: int, step: int, global_batch: int, num_samples: int) -> 
         indices += part.tolist()
         position += len(part)
     return indices
+
+
+_CYCLE = 1000
+"""Draws after which the shares of the tasks come out exactly; a share is rounded to a thousandth."""
+
+
+def balanced_indices(
+    seed: int,
+    step: int,
+    global_batch: int,
+    tasks: Sequence[str],
+    weights: Mapping[str, float] | None = None,
+) -> list[int]:
+    """Sample indices of one global step, each task taking its share whatever the number of its samples.
+
+    The tasks' turns are spread evenly, so that any stretch of draws holds each task by its share (within about one draw
+    a task). Within a task its samples come in the order of `epoch_order`, each once before any comes again.
+
+    Args:
+        tasks: the task of each sample.
+        weights: task -> weight, relative to each other; None: all tasks alike. A task of weight 0 is not drawn.
+
+    Raises:
+        ValueError: weights and tasks are not of the same names, or a weight is negative, not finite, or all are 0.
+    """
+    if global_batch < 1 or step < 0 or not tasks:
+        raise ValueError(
+            "a step needs global_batch >= 1, step >= 0 and samples; "
+            f"got {global_batch}, {step} and {len(tasks)}"
+        )
+    members: dict[str, list[int]] = {name: [] for name in sorted(set(tasks))}
+    for index, task in enumerate(tasks):
+        members[task].append(index)
+    turns = _turns_a_cycle(members.keys(), weights)
+    indices: list[int] = []
+    cycle, offset = divmod(step * global_batch, _CYCLE)
+    while len(indices) < global_batch:
+        part = _cycle_of_tasks(seed, cycle, tuple(turns.items()))[
+            offset : offset + global_batch - len(indices)
+        ]
+        orders: dict[tuple[str, int], np.ndarray] = {}
+        for task, turn in part:
+            own = members[task]
+            epoch, place = divmod(cycle * turns[task] + turn, len(own))
+            if (task, epoch) not in orders:
+                orders[task, epoch] = epoch_order(_digest("task", seed, task), epoch, len(own))
+            indices.append(own[orders[task, epoch][place]])
+        cycle, offset = cycle + 1, 0
+    return indices
+
+
+def _turns_a_cycle(tasks: Iterable[str], weights: Mapping[str, float] | None) -> dict[str, int]:
+    """Task -> draws in a cycle, by largest remainders; at least 1 where the weight is above 0."""
+    names = sorted(tasks)
+    given = dict.fromkeys(names, 1.0) if weights is None else dict(weights)
+    if sorted(given) != names:
+        raise ValueError(
+            f"sampling weights are for {sorted(given)}, the samples are of {names}; weigh each of these"
+        )
+    if min(given.values()) < 0 or not 0 < sum(given.values()) < math.inf:
+        raise ValueError(f"sampling weights must be 0 or more and not all 0, got {given}")
+    total = sum(given.values())
+    exact = {name: given[name] / total * _CYCLE for name in names}
+    turns = {name: max(math.floor(exact[name]), exact[name] > 0) for name in names}
+    by_need = sorted(names, key=lambda name: turns[name] - exact[name])
+    while sum(turns.values()) < _CYCLE:
+        turns[by_need.pop(0)] += 1
+    while sum(turns.values()) > _CYCLE:
+        turns[max(names, key=lambda name: turns[name])] -= 1
+    return turns
+
+
+@lru_cache(maxsize=4)
+def _cycle_of_tasks(
+    seed: int, cycle: int, turns: tuple[tuple[str, int], ...]
+) -> tuple[tuple[str, int], ...]:
+    """(task, its how-manieth turn in the cycle): each task's turns at even distances from a random first one."""
+    first = {task: _digest("turns", seed, cycle, task) / 2**128 for task, _ in turns}
+    places = [
+        ((turn + first[task]) / number, task, turn)
+        for task, number in turns
+        for turn in range(number)
+    ]
+    return tuple((task, turn) for _, task, turn in sorted(places))
 
 
 def rank_slice(indices: Sequence[Item], rank: int, num_ranks: int) -> Sequence[Item]:
@@ -149,6 +234,11 @@ def supervised_tokens(batch: Mapping[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def mask_frames(batch: Mapping[str, Tensor]) -> int:
+    """Frames of a batch that carry mask loss; their sum over a global batch is its mask_normalizer."""
+    return len(batch["mask_sample"]) if "mask_sample" in batch else 0
+
+
 LossSums = dict[str, tuple[float, int]]
 """Task -> (summed cross entropy in nats, number of tokens). Sums, so that parts can be added up
 exactly.
@@ -195,19 +285,20 @@ def optimizer_step(
 ) -> list[Mapping[str, Tensor]]:
     """One step of one process over micro-batches; returns the model's outputs for each.
 
-    The loss is normalised by the supervised tokens of all of them together, so that accumulation
-    changes nothing. `seeds` (one a micro-batch, from step_seed) fixes the dropout.
+    The loss is normalised by the supervised tokens (and the labelled frames) of all of them
+    together, so that accumulation changes nothing. `seeds` (one a micro-batch, from step_seed) fixes the dropout.
 
     Raises:
         FloatingPointError: the gradient is not finite; the parameters are left as they were.
     """
     normalizer = float(sum(supervised_tokens(batch) for batch in batches))
+    mask_normalizer = float(sum(mask_frames(batch) for batch in batches))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     outputs: list[Mapping[str, Tensor]] = []
     for index, batch in enumerate(batches):
         with nullcontext() if seeds is None else seeded(seeds[index]):
-            output = model(batch, normalizer)
+            output = model(batch, normalizer, mask_normalizer)
             output["loss"].backward()
         outputs.append({name: value.detach() for name, value in output.items()})
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)

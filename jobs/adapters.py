@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from crab.model.artifact import RECORD, load_model
+from crab.model.artifact import ADAPTER_WEIGHTS, RECORD, WEIGHTS, load_model
 from crab.model.collate import Collator
 from crab.model.crab_model import CrabModel
+from crab_platform.identity import digest, sha256_file
 from jobs.output import finished_jobs, read_result
 from jobs.presets import TINY, llm_digest
 from jobs.spec import SpecError
@@ -32,19 +33,36 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / RECORD).read_text()))
 
 
-def load_adapter(folder: Path, device: str = "cpu") -> tuple[CrabModel, Collator]:
-    """Model and collator of an exported adapter.
+def adapter_digest(folder: Path) -> str:
+    """What an exported adapter is: its record and its weights."""
+    files = (folder / name for name in (RECORD, WEIGHTS, ADAPTER_WEIGHTS))
+    digests = {}
+    for file in files:
+        if file.exists():  # a model without an adapter has no weights of one
+            with file.open("rb") as opened:
+                digests[file.name] = sha256_file(opened)
+    return digest(digests)
 
-    Raises ValueError when the language model at hand is not the one that the adapter was trained on.
+
+def language_model_of(folder: Path) -> str:
+    """Where the language model of an exported adapter lies.
+
+    Raises ValueError when the one at hand is not the one that the adapter was trained on.
     """
-    lineage = read_record(folder)["lineage"]
+    record = read_record(folder)
+    lineage = record["lineage"]
     tiny = lineage["preset"] == "tiny" and not lineage["llm_given"]
     # The tiny preset lies in the repository, which may have moved since.
-    llm = str(TINY / "llm") if tiny else str(read_record(folder)["config"]["llm"]["path"])
+    llm = str(TINY / "llm") if tiny else str(record["config"]["llm"]["path"])
     if llm_digest(llm) != lineage["base_model"]:
         raise ValueError(
             f"adapter {folder} was trained on a language model with digest {lineage['base_model'][:12]}; {llm} has "
             f"{llm_digest(llm)[:12]}. Train again, or bring the old one back"
         )
-    model, tokenizer = load_model(folder, llm_path=llm)
+    return llm
+
+
+def load_adapter(folder: Path, device: str = "cpu") -> tuple[CrabModel, Collator]:
+    """Model and collator of an exported adapter. Raises ValueError as `language_model_of` does."""
+    model, tokenizer = load_model(folder, llm_path=language_model_of(folder))
     return model.to(device), Collator(model.config, tokenizer, model.table)

@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Clips become features, features become an adapter, the adapter is judged.
 
-    A first tour, from an empty folder to scores:
+    A first tour, from an empty folder to a page with scores and examples of all nine tasks:
 
       crab synth work/shapes --clips 200 --seed 1     make clips with exact labels
 
@@ -29,6 +29,12 @@ app = typer.Typer(
       crab run jobs/specs/train-shapes.yaml           fine-tune on the cached features
 
       crab run jobs/specs/evaluate-shapes.yaml        score against the best constant answer
+
+      crab report evaluate-shapes                     a page to open in a browser
+
+    The same, larger and in one command: crab run jobs/specs/nine-tasks-tiny.yaml (under 45 minutes on 2 cores).
+
+    Real data: crab import ave /data/AVE work/ave makes samples of an official data set.
 
     Exit codes: 0 done, 1 the work failed, 2 wrong input, 3 cannot reach something, 130 stopped by Ctrl-C.
     """,
@@ -48,14 +54,55 @@ def synth(
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Make AV-Shapes: coloured shapes that move and sound, with exact samples for AVE, AVVP and AVQA.
+    """Make AV-Shapes: coloured shapes that move and sound, with exact samples for all nine tasks.
 
-    Writes OUT/clips/*.mp4 and OUT/samples.jsonl. Started again it only makes what is missing.
+    Writes OUT/clips/*.mp4, OUT/masks/CLIP/SECOND.png and OUT/samples.jsonl. Started again it only makes what is
+    missing. Four of five clips are for training, the others for testing.
     """
     from crab.synth.dataset import synthesise
 
     path = synthesise(out, clips, seed)
     _finish({"samples": str(path), "clips": clips}, as_json, f"wrote {path}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="ave, llp, avsbench, ref-avs, music-avqa, valor or av-uie.")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The data set as its authors lay it out.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for samples.jsonl.")],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="End after so many samples, to try it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make samples of an official data set on disk.
+
+    Annotation files are found anywhere below DIR by their official names; media and masks stay where they are and may
+    be missing. Rows that do not fit are in OUT/problems.jsonl with file and line. docs/datasets.md says where each data
+    set is to be had, and how it must lie.
+    """
+    from jobs.importer import import_dataset
+    from jobs.output import line, table
+
+    try:
+        result = import_dataset(source, folder, out, limit)
+    except FileNotFoundError as error:
+        _fail(str(error), 2)
+    rows = result["table"]
+    if rows:
+        table(f"{source}: {result['out']}", list(rows[0]), [list(row.values()) for row in rows])
+    for note in result["notes"]:
+        line(note)
+    if result["problems"] or result["left_out"] or result["duplicates"]:
+        line(
+            f"{result['problems']} rows do not fit, {result['left_out']} give no sample, {result['duplicates']} say "
+            f"nothing new: {out / 'problems.jsonl'} has each of them"
+        )
+    _finish(result, as_json, f"wrote {result['samples']} samples of {result['rows']} rows")
 
 
 @app.command()
@@ -64,14 +111,17 @@ def run(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="A.B=VALUE", help="Change one value of the spec; may be repeated."
+            "--set",
+            metavar="A.B=VALUE",
+            help="Change one value of the spec; may be repeated. In a sequence: steps.NAME.B=VALUE.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a job here, on local Ray or on the Ray cluster that RAY_ADDRESS names.
 
-    A job that was killed is started again with the same command: what was done is not done again.
+    A spec says what to do: synth, preprocess, train, evaluate, report, pretrain, or a sequence of these. A job that was
+    killed is started again with the same command: what was done is not done again.
     """
     from jobs.run import run_spec
     from jobs.spec import load_spec
@@ -86,19 +136,47 @@ def run(
 
 
 @app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a finished evaluate job.")],
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("work/runs"),
+    examples: Annotated[int, typer.Option(min=1, help="How many of each task.")] = 6,
+    as_json: AsJson = False,
+) -> None:
+    """Make a page of an evaluation: scores beside baselines, and examples of each task, the worst first.
+
+    Frames with predicted and true masks and boxes, timelines of predicted and true events, question, reasoning, answer,
+    and the sound. Opens in any browser, without a server and without a network.
+    """
+    from jobs.report import make_report
+
+    path = make_report(name, str(runs), examples)
+    _finish({"report": str(path)}, as_json, f"wrote {path}")
+
+
+@app.command()
 def predict(
     adapter: Annotated[
         Path, typer.Option(help="Folder of an exported adapter, or the name of a train job.")
     ],
     media: Annotated[list[str], typer.Argument(help="Clips: files or URLs.")],
-    task: Annotated[str, typer.Option(help="ave, avvp or avqa.")],
-    question: Annotated[str | None, typer.Option(help="What to ask; needed for avqa.")] = None,
+    task: Annotated[
+        str, typer.Option(help="ave, avvp, arig, s4, ms3, avss, ref-avs, avqa or avcap.")
+    ],
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="What to ask (avqa), what to look for (ref-avs), the second to look at (arig); none for others."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a page that shows each clip with its answer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask an adapter about any clip. Nothing is cached."""
     from jobs.predict import predict_media
 
-    answers = predict_media(adapter, media, task, question)
+    answers = predict_media(adapter, media, task, question, out=out)
     if as_json:
         print(json.dumps(answers))
     for answer in () if as_json else answers:
@@ -111,6 +189,8 @@ def predict(
             print("  (not an answer in the task's grammar; it would count as wrong)")
     if all("text" not in answer for answer in answers):
         raise typer.Exit(1)
+    if out is not None and not as_json:
+        print(f"wrote {out / 'index.html'}")
 
 
 @app.command()

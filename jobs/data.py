@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from crab.datasets.examples import Example, read_examples
+from crab.datasets.examples import Example, read_examples, read_labelled
 from crab.samples import Sample, read_samples
 from crab_platform.work import Source
 from jobs.spec import DataSource, SpecError
@@ -34,6 +35,8 @@ class Dataset:
     media: dict[str, tuple[MediaRef, ...]]
     """Sample id -> what it needs."""
     sources: tuple[Source, ...]
+    without_label: dict[str, str] = field(default_factory=dict)
+    """Id -> why something that is asked in the data is no sample."""
 
 
 def stream_name(stream: str, task: str, special: Mapping[str, str]) -> str:
@@ -82,15 +85,27 @@ def merge_sources(sources: Iterable[Source]) -> list[Source]:
     return list(by_url.values())
 
 
+def samples_digest(samples: Iterable[Sample]) -> str:
+    """What samples say: another question, answer or label is another data set, over the same clips too."""
+    content = hashlib.sha256()
+    for sample in samples:
+        content.update(sample.model_dump_json().encode() + b"\n")
+    return content.hexdigest()
+
+
 def _from_samples(name: str, path: str, special: Mapping[str, str]) -> Dataset:
+    items: Sequence[Sample | Example]
+    reasons: dict[str, str] = {}
     try:
-        items: Sequence[Sample | Example] = (
-            read_examples(path) if path.endswith(".json") else read_samples(path)
-        )
+        if path.endswith(".json"):
+            items = read_examples(path)
+            samples, reasons = read_labelled(path)
+        else:
+            items = samples = read_samples(path)
     except FileNotFoundError as error:
         raise SpecError(
             f"data {name!r}: there is no {path}; `crab synth {os.path.dirname(path) or '.'} --clips 200` makes "
-            "AV-Shapes"
+            "AV-Shapes, `crab import` makes samples of a data set"
         ) from error
     folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
     media: dict[str, tuple[MediaRef, ...]] = {}
@@ -106,8 +121,13 @@ def _from_samples(name: str, path: str, special: Mapping[str, str]) -> Dataset:
         Source(name=_name(name, folder, url), url=url, streams=tuple(streams))
         for url, streams in wanted.items()
     ]
-    samples = tuple(item for item in items if isinstance(item, Sample))
-    return Dataset(name=name, samples=samples, media=media, sources=tuple(sources))
+    return Dataset(
+        name=name,
+        samples=tuple(samples),
+        media=media,
+        sources=tuple(sources),
+        without_label=reasons,
+    )
 
 
 def _name(dataset: str, folder: str, url: str) -> str:

@@ -1,137 +1,138 @@
-"""The adapter answers held-out samples and is scored: `crab run SPEC` with `job: evaluate`."""
+"""The adapter answers held-out samples and is scored: `crab run SPEC` with `job: evaluate`.
+
+The run's folder then holds what `crab report` shows: result.json, predictions.jsonl and masks/.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crab.evaluate import constant_baseline, get_task, render_table, score
-from crab.predict import predict
+from crab.evaluate import Baseline, constant_baseline, get_task, of_the_way, render_table, score
 from crab.samples import Sample
 from crab.tasks import Metrics, avqa
 from crab_platform import tracking
-from jobs.adapters import find_adapter, load_adapter
-from jobs.data import Dataset, load_dataset
-from jobs.features import FeatureReader, Item, open_manifest, usable
-from jobs.output import RESULT, console, progress, write_result
-from jobs.spec import EvaluateSpec, spec_record
+from crab_platform.identity import digest
+from jobs.adapters import adapter_digest, find_adapter, language_model_of
+from jobs.answers import Asking, ask
+from jobs.data import Dataset, load_dataset, samples_digest
+from jobs.features import Usable, open_manifest, usable
+from jobs.output import RESULT, console, line, progress, read_result, write_result
+from jobs.predictions import MASKS, PREDICTIONS, Predictions
+from jobs.spec import EvaluateSpec, spec_digest, spec_record
 
-PREDICTIONS = "predictions.jsonl"
+_PLACEMENT = ("name", "runs", "tracking", "workers", "device", "features")
+_MASKS_FOR_MLFLOW_BYTES = 20 << 20
+"""Masks that are larger together stay in the run's folder only."""
 _AVQA = "avqa"
 
 
 def run(spec: EvaluateSpec) -> dict[str, Any]:
-    """Generates, scores, and returns result.json of the run."""
-    folder = find_adapter(spec.adapter, spec.runs)
+    """Answers, scores, and returns result.json of the run. A run that is complete is not done again."""
+    adapter = find_adapter(spec.adapter, spec.runs)
     manifest = open_manifest(spec.features, spec.runs)
     datasets = [load_dataset(source, spec.features.tasks) for source in spec.data]
-    items, left_out = usable(datasets, manifest, spec.tasks, spec.split)
-    asked = _first_of_each(_samples(datasets, spec, spec.split), spec.samples_per_task)
-    model, collate = load_adapter(folder, spec.device)
-    config = model.config
-    layers = {"video": config.video.layer, "image": config.video.layer, "audio": config.audio.layer}
-    reader = FeatureReader(spec.features, manifest, layers)
+    found = usable(datasets, manifest, spec.tasks, spec.split)
+    asked, left_out = choose_asked(found, spec.samples_per_task)
+    train = _train_samples(datasets, spec.tasks)
+    identity = digest(
+        {
+            "spec": spec_digest(spec, _PLACEMENT),
+            "manifest": manifest.digest,
+            "adapter": adapter_digest(adapter),
+            "samples": samples_digest([*asked, *train]),
+        }
+    )
+    finished = read_result(spec.folder)
+    if finished is not None and finished.get("identity") == identity:
+        line(f"{spec.name}: evaluated already, nothing to do. Remove {spec.folder} to do it again")
+        return finished
+    language_model_of(
+        adapter
+    )  # here, where a wrong one is told in one line, before there are workers
+    (spec.folder / RESULT).unlink(missing_ok=True)
+    how = Asking(
+        adapter=adapter,
+        features=spec.features,
+        manifest=manifest,
+        max_new_tokens=spec.max_new_tokens,
+        device=spec.device,
+        workers=spec.workers,
+        batch_size=spec.batch_size,
+    )
     wanted = {sample.id for sample in asked}
-    items = [item for item in items if item.sample.id in wanted]
-    # Like lengths together: predict() sorts within what it is given, a few batches at a time keep memory bounded.
-    items.sort(key=lambda item: (item.sample.task, len(item.sample.instruction)))
-    texts: dict[str, str] = {}
-    with (
-        tracking.start_run(
-            spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
-        ) as run_,
-        progress("answers", len(items)) as bar,
-    ):
+    items = [item for item in found.items if item.sample.id in wanted]
+    predictions = Predictions(spec.folder, asked)
+    with tracking.start_run(
+        spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+    ) as run_:
         run_.dataset(spec.name, manifest.digest, f"{spec.features.cache}/{manifest.path}")
-        for start in range(0, len(items), spec.batch_size):
-            part: Sequence[Item] = items[start : start + spec.batch_size]
-            found = predict(
-                model,
-                collate,
-                reader.examples(part),
-                max_new_tokens=spec.max_new_tokens,
-                batch_size=spec.batch_size,
-            )
-            texts |= {prediction.sample_id: prediction.text for prediction in found}
-            bar(start + len(part), len(items))
-        scores = score(asked, texts)
-        train = _samples(datasets, spec, "train")
-        baselines = {task: constant_baseline(task, train, asked) for task in scores}
-        priors = _type_priors(train, asked)
-        _write_predictions(spec, asked, texts)
-        result = _result(spec, str(folder), run_.run_id, scores, baselines, priors, left_out)
-        run_.metrics(
-            {f"{task}/{m}": v for task, values in scores.items() for m, v in values.items()}
-        )
-        run_.metrics(
-            {
-                f"{t}/constant_{get_task(t).headline}": b[1][get_task(t).headline]
-                for t, b in baselines.items()
-            }
-        )
+        with progress("answers", len(items)) as bar:
+            for sample_id, said in ask(how, items):
+                predictions.add(sample_id, said)
+                bar(len(predictions), len(items))
+        predictions.write()
+        scores = score(asked, predictions)
+        constants = {task: constant_baseline(task, train, asked) for task in scores}
+        result = {
+            "job": spec.job,
+            "name": spec.name,
+            "identity": identity,
+            "adapter": str(adapter),
+            "manifest": manifest.digest,
+            "split": spec.split,
+            "scores": scores,
+            "constants": {
+                task: {"text": best[0].text, "metrics": best[1]} if best else None
+                for task, best in constants.items()
+            },
+            "of_the_way": {
+                task: of_the_way(get_task(task), metrics, _metrics_of(constants[task]))
+                for task, metrics in scores.items()
+            },
+            "type_priors": _type_priors(train, asked),
+            "left_out": left_out,
+            "mlflow_run": run_.run_id,
+        }
         write_result(spec.folder, result)
+        run_.metrics(_flat(scores, constants))
         run_.file(spec.folder / RESULT)
         run_.file(spec.folder / PREDICTIONS)
-    console.print(render_table(scores, baselines))
-    for task, metrics in priors.items():
-        console.print(
-            f"{task}: the commonest answer to each type of question, blind to the clip, reaches "
-            f"{metrics[get_task(task).headline]:.3f}"
-        )
-    if left_out:
-        console.print(f"without features, counted as wrong: {dict(left_out)}")
+        if 0 < predictions.masks_bytes() <= _MASKS_FOR_MLFLOW_BYTES:
+            run_.file(spec.folder / MASKS, MASKS)
+    width = console.width if console.is_terminal else 110
+    _show(result, render_table(scores, constants, width))
     return result
 
 
-def _samples(datasets: Sequence[Dataset], spec: EvaluateSpec, split: str) -> list[Sample]:
+def _train_samples(datasets: Sequence[Dataset], tasks: Sequence[str]) -> list[Sample]:
+    """What constant answers are made of: features are not needed for that, labels are."""
     return [
         sample
         for dataset in datasets
         for sample in dataset.samples
-        if sample.split == split and sample.task in spec.tasks
+        if sample.split == "train" and sample.task in tasks and "weak" not in sample.label
     ]
 
 
-def _first_of_each(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+def choose_asked(found: Usable, limit: int | None) -> tuple[list[Sample], dict[str, list[str]]]:
+    """(the samples that are scored: the first `limit` of each task, reason -> ids of those that cannot be asked).
+
+    A sample without features is among both: its answer counts as wrong. One without a label cannot be scored.
+    """
     taken: Counter[str] = Counter()
-    chosen = []
-    for sample in samples:
+    asked = []
+    for sample in found.with_label:
         taken[sample.task] += 1
         if limit is None or taken[sample.task] <= limit:
-            chosen.append(sample)
-    return chosen
-
-
-def _result(
-    spec: EvaluateSpec,
-    adapter: str,
-    run_id: str,
-    scores: dict[str, Metrics],
-    baselines: dict[str, tuple[str, Metrics]],
-    priors: dict[str, Metrics],
-    left_out: Counter[str],
-) -> dict[str, Any]:
-    constants: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for task, (answer, metrics) in baselines.items():
-        constants[task] = {"answer": answer, "metrics": metrics}
-    return {
-        "job": spec.job,
-        "name": spec.name,
-        "adapter": adapter,
-        "split": spec.split,
-        "scores": scores,
-        "constants": constants,
-        "beats_constant": sorted(
-            task
-            for task, metrics in scores.items()
-            if metrics[get_task(task).headline] > baselines[task][1][get_task(task).headline]
-        ),
-        "type_priors": priors,
-        "left_out": dict(left_out),
-        "mlflow_run": run_id,
+            asked.append(sample)
+    wanted = {sample.id for sample in asked}
+    lost = {
+        reason: [sample_id for sample_id in ids if sample_id in wanted]
+        for reason, ids in found.no_features.items()
     }
+    return asked, {reason: ids for reason, ids in (lost | found.no_label).items() if ids}
 
 
 def _type_priors(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, Metrics]:
@@ -142,17 +143,32 @@ def _type_priors(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, M
     return {_AVQA: get_task(_AVQA).score(test, avqa.type_prior(train, test))}
 
 
-def _write_predictions(
-    spec: EvaluateSpec, samples: Sequence[Sample], texts: dict[str, str]
-) -> None:
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    with (spec.folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-        for sample in samples:
-            row = {
-                "id": sample.id,
-                "task": sample.task,
-                "instruction": sample.instruction,
-                "text": texts.get(sample.id),
-                "expected": f"{sample.reasoning} {sample.answer}".strip(),
-            }
-            file.write(json.dumps(row) + "\n")
+def _metrics_of(best: Baseline | None) -> Metrics | None:
+    return None if best is None else best[1]
+
+
+def _flat(
+    scores: Mapping[str, Metrics], constants: Mapping[str, Baseline | None]
+) -> dict[str, float]:
+    """Names as MLflow groups them: task/metric, and task/constant_METRIC for the headline."""
+    flat = {f"{task}/{name}": v for task, metrics in scores.items() for name, v in metrics.items()}
+    for task, best in constants.items():
+        if best is not None:
+            headline = get_task(task).headline
+            flat[f"{task}/constant_{headline}"] = best[1][headline]
+    return flat
+
+
+def _show(result: Mapping[str, Any], scores: str) -> None:
+    line(scores)
+    for task, metrics in result["type_priors"].items():
+        console.print(
+            f"{task}: the commonest answer to each type of question, blind to the clip, reaches "
+            f"{metrics[get_task(task).headline]:.3f}"
+        )
+    for reason, ids in result["left_out"].items():
+        console.print(
+            f"{len(ids)} samples not asked ({reason}): {', '.join(ids[:5])}"
+            + (" ..." if len(ids) > 5 else "")
+        )
+    line(f"to look at it: crab report {result['name']}")

@@ -129,6 +129,7 @@ def _record(
         "job": spec.job,
         "name": spec.name,
         "cache": spec.cache,
+        "sampling": spec.sampling.model_dump(mode="json"),
         "mlflow_run": run.run_id,
         **asdict(summary),
     }

@@ -18,15 +18,53 @@ from jobs.spec import Encoders, Model, SpecError
 TINY = Path(__file__).resolve().parent.parent / "crab" / "presets" / "tiny"
 """Weights in the repository, made by `crab run jobs/specs/pretrain-tiny.yaml`."""
 
+DIGESTS = "digests.json"
+"""In the preset's folder: file -> SHA-256."""
+
+
+def tiny_folder(name: str) -> Path:
+    """A folder of the tiny preset: clip, beats, llm or initial.
+
+    Raises SpecError where a file of the preset is absent or not the one that pretraining wrote.
+    """
+    if not (TINY / DIGESTS).is_file():
+        raise SpecError(
+            f"{TINY / DIGESTS} is absent; the preset is damaged: git checkout crab/presets"
+        )
+    expected = json.loads((TINY / DIGESTS).read_text())
+    found = file_digests(TINY)
+    if wrong := sorted(
+        file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file)
+    ):
+        raise SpecError(
+            f"{TINY / wrong[0]} is not the file that {DIGESTS} names ({len(wrong)} such files); bring the preset back "
+            "(git checkout crab/presets), or make it anew with jobs/specs/pretrain-tiny.yaml"
+        )
+    return TINY / name
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below the folder, by its path there; DIGESTS itself is left out."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != DIGESTS:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = sha256_file(file)
+    return digests
+
+
+def write_digests(folder: Path) -> None:
+    (folder / DIGESTS).write_text(json.dumps(file_digests(folder), indent=2) + "\n")
+
 
 def encoder_configs(spec: Encoders) -> tuple[EncoderConfig, EncoderConfig]:
     """(video, audio) encoders of a spec."""
     video, audio = spec.video, spec.audio
     if spec.preset == "tiny":
         video = video or EncoderConfig(
-            kind="clip", path=str(TINY / "clip"), select_layers=TINY_SELECT_LAYERS
+            kind="clip", path=str(tiny_folder("clip")), select_layers=TINY_SELECT_LAYERS
         )
-        audio = audio or EncoderConfig(kind="beats", path=str(TINY / "beats"))
+        audio = audio or EncoderConfig(kind="beats", path=str(tiny_folder("beats")))
     if video is None or audio is None:
         raise SpecError(
             f"encoders: preset {spec.preset!r} brings no weights; give video.path (a CLIP folder) and "
@@ -45,11 +83,14 @@ def _absolute(config: EncoderConfig) -> EncoderConfig:
 def crab_model_config(spec: Model) -> CrabConfig:
     """The model that a spec describes: the preset, then the LLM's folder, then what is set by hand."""
     if spec.preset == "tiny":
+        coarse, fine = (f"layer_{layer}" for layer in TINY_SELECT_LAYERS)
         config = crab_config.tiny(
-            spec.llm or str(TINY / "llm"),
-            video_layer=f"layer_{TINY_SELECT_LAYERS[-1]}",
-            video_size=_width(TINY / "clip", "hidden_size"),
-            audio_size=_width(TINY / "beats", "encoder_embed_dim"),
+            spec.llm or str(tiny_folder("llm")),
+            video_layer=fine,
+            video_size=_width(tiny_folder("clip"), "hidden_size"),
+            mask_layers=(coarse, fine),
+            audio_size=_width(tiny_folder("beats"), "encoder_embed_dim"),
+            initial=None if spec.llm else _initial(),
         )
     else:
         if not spec.llm:
@@ -70,6 +111,12 @@ def llm_digest(folder: str) -> str:
         with file.open("rb") as opened:
             record[file.name] = sha256_file(opened)
     return digest(record)
+
+
+def _initial() -> str | None:
+    """First values for the preset's own LLM and encoders, where the preset has them; others start from random ones."""
+    folder = tiny_folder("initial")
+    return str(folder) if folder.is_dir() else None
 
 
 def _width(folder: Path, field: str) -> int:

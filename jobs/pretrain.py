@@ -1,37 +1,38 @@
-"""Makes the tiny preset: `crab run jobs/specs/pretrain-tiny.yaml`. One process, no cache, minutes to an hour."""
+"""Makes the tiny preset: `crab run jobs/specs/pretrain-tiny.yaml`. One process, stage by stage, an hour or two.
+
+Each stage leaves a folder in `out/stages` that gets its name when it is complete. A run that was killed does not do the
+finished stages again; the one that it died in begins anew.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crab import pretrain
-from crab.encoders.beats import Beats
-from crab.encoders.clip import VisionFeatures
-from crab.encoders.tiny import build_random, save_encoder, tiny_beats_config, tiny_clip_config
-from crab.model.llm import tiny_llama, train_tokenizer
-from crab.synth.questions import samples_of
-from crab.synth.scene import Scene
+from crab.pretrain.stages import Pretraining, Sizes, write_preset
 from crab_platform import tracking
-from jobs.output import progress, write_result
+from jobs.output import line, progress, write_result
+from jobs.presets import write_digests
 from jobs.spec import PretrainSpec, SpecError, spec_record
 
 
 def run(spec: PretrainSpec) -> dict[str, Any]:
-    """Trains encoders, tokenizer and LLM on scenes that are rendered in memory, and writes them to `out`."""
+    """Trains everything on scenes that are rendered in memory; the weights are in `out/preset`."""
     out = Path(spec.out)
-    for name in ("clip", "beats", "llm"):
-        if (out / name).exists():
-            raise SpecError(f"{out / name} exists; give another `out`, or remove it first")
-    scenes = pretrain.scenes(spec.seed, spec.clips)
+    stages = out / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
+    sizes = Sizes(**{name: getattr(spec, name) for name in Sizes.__dataclass_fields__})
+    _claim(out, sizes)
     metrics: dict[str, float] = {}
     with tracking.start_run(
         spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
     ) as run_:
 
-        def part(name: str, steps: int, train: Any, **options: Any) -> None:
+        def stage(name: str, work: Callable[..., None], steps: int) -> None:
             with progress(f"{name} steps", steps) as bar:
 
                 def on_step(step: int, values: dict[str, float]) -> None:
@@ -40,41 +41,47 @@ def run(spec: PretrainSpec) -> dict[str, Any]:
                     if step % 20 == 0 or step == steps:
                         run_.metrics({f"{name}/{key}": v for key, v in values.items()}, step)
 
-                train(steps=steps, seed=spec.seed, on_step=on_step, **options)
+                _whole(stages / name, lambda folder: work(folder, on_step))
 
-        vision = build_random(tiny_clip_config(), spec.seed)
-        hearing = build_random(tiny_beats_config(), spec.seed)
-        assert isinstance(vision, VisionFeatures)
-        assert isinstance(hearing, Beats)
-        part(
-            "clip",
-            spec.vision_steps,
-            lambda **o: pretrain.train_vision(vision, scenes, batch=2 * spec.batch_size, **o),
-        )
-        save_encoder(vision, out / "clip", dtype=torch.float16)
-        part(
-            "beats",
-            spec.audio_steps,
-            lambda **o: pretrain.train_audio(hearing, scenes, batch=80, **o),
-        )
-        save_encoder(hearing, out / "beats", dtype=torch.float16)
-        tokenizer = train_tokenizer(_texts(scenes))
-        llm = tiny_llama(len(tokenizer), seed=spec.seed)
-        part(
-            "llm",
-            spec.llm_steps,
-            lambda **o: pretrain.train_llm(llm, tokenizer, scenes, batch=spec.batch_size, **o),
-        )
-        torch.nn.Module.half(llm)
-        llm.save_pretrained(out / "llm")
-        tokenizer.save_pretrained(out / "llm")
-        result = {"job": spec.job, "name": spec.name, "out": str(out), "metrics": metrics}
+        for name, (work, steps) in Pretraining(stages, sizes).stages.items():
+            if (stages / name).exists():
+                line(f"{name}: done already")
+            else:
+                stage(name, work, steps)
+        preset = out / "preset"
+        if not preset.exists():
+            _whole(preset, lambda folder: _finish(stages, folder))
+        result = {"job": spec.job, "name": spec.name, "out": str(preset), "metrics": metrics}
         write_result(spec.folder, result)
+    line(f"preset: {preset}. To use it: copy it over crab/presets/tiny")
     return result
 
 
-def _texts(scenes: list[Scene]) -> list[str]:
-    """Everything that the tokenizer should write in few pieces."""
-    samples = [sample for scene in scenes for sample in samples_of(scene)]
-    texts = [part for s in samples for part in (s.instruction, f"{s.reasoning} {s.answer}")]
-    return texts + ["This is a video:\nThis is an audio:\n"] * 100 + pretrain.video_symbols() * 10
+def _finish(stages: Path, folder: Path) -> None:
+    write_preset(stages, folder)
+    write_digests(folder)
+
+
+def _whole(folder: Path, work: Callable[[Path], None]) -> None:
+    """Another name first, then a rename: a folder that is there is complete."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    work(temporary)
+    os.replace(temporary, folder)
+
+
+def _claim(out: Path, sizes: Sizes) -> None:
+    """Stages of other settings must not be taken for ours."""
+    record = out / "pretrain.json"
+    wanted = vars(sizes)
+    if record.exists():
+        held = json.loads(record.read_text())
+        if differ := [name for name in wanted if held.get(name) != wanted[name]]:
+            raise SpecError(
+                f"{out} holds stages with other values of {', '.join(differ)}; give another `out`, or remove it first"
+            )
+        return
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+    os.replace(temporary, record)

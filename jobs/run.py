@@ -1,4 +1,4 @@
-"""One spec in, its job run, its result out."""
+"""One spec in, its job run, its result out. The module of a kind is jobs/KIND.py, and its entry is run(spec)."""
 
 from __future__ import annotations
 

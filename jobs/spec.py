@@ -2,17 +2,17 @@
 
 Paths are relative to the folder that `crab` is started in. Unknown keys are refused with the nearest known name.
 `crab run SPEC --set a.b=c` changes one value; the resolved spec goes to MLflow and into the run's folder.
+A `sequence` holds whole specs of other jobs as its steps.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,11 +25,11 @@ from pydantic import (
 
 from crab.encoders import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
+from crab.tasks import TASKS
 from crab_platform.identity import digest
-
-
-class SpecError(ValueError):
-    """The spec is wrong; the message says where, what was expected and what to do. Exit code 2."""
+from jobs.spec_errors import SpecError as SpecError
+from jobs.spec_errors import explain
+from jobs.spec_yaml import read_yaml
 
 
 class Record(BaseModel):
@@ -45,8 +45,21 @@ def _absolute_sqlite(uri: str) -> str:
     return prefix + _absolute(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
 
 
+def _known_tasks(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"{name!r} is no task; known are {', '.join(TASKS)}")
+    return names
+
+
 Place = Annotated[str, AfterValidator(_absolute)]
 """A path or URL. Made absolute when the spec is read: workers stand in other folders."""
+Tasks = Annotated[
+    list[str],
+    AfterValidator(_known_tasks),
+    Field(default_factory=lambda: list(TASKS), min_length=1),
+]
+"""Names of tasks; all when left out."""
 
 
 class DataSource(Record):
@@ -139,6 +152,16 @@ class Job(Record):
         return Path(self.runs) / self.name
 
 
+class SynthSpec(Job):
+    """Makes AV-Shapes, as `crab synth` does: clips that are there already are not made again."""
+
+    job: Literal["synth"]
+    out: Place
+    """Folder of the data set; `clips` may be raised later, `seed` may not change."""
+    clips: int = Field(default=200, ge=1)
+    seed: int = Field(default=1, ge=0)
+
+
 class PreprocessSpec(Job):
     """Clips become features in the cache, and a manifest of them."""
 
@@ -172,6 +195,9 @@ class Model(Record):
     """For example {"adapter": {"num_heads": 4}}."""
 
 
+TaskWeight = Annotated[float, Field(gt=0)]
+
+
 class Optimisation(Record):
     """What is learnt and how. All of it is identity."""
 
@@ -184,6 +210,9 @@ class Optimisation(Record):
     weight_decay: float = Field(default=0.0, ge=0)
     seed: int = Field(default=42, ge=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    sampling: Literal["proportional", "balanced"] | dict[str, TaskWeight] = "proportional"
+    """Which samples a step takes: each as often as any other, each task as often as any other, or tasks by weight
+    (a task that is not named has weight 1)."""
 
 
 class Workers(Record):
@@ -204,10 +233,23 @@ class TrainSpec(Job):
     job: Literal["train"]
     data: list[DataSource] = Field(min_length=1)
     features: Features
-    tasks: list[str] = Field(default=["ave", "avvp", "avqa"], min_length=1)
+    tasks: Tasks
     model: Model = Model()
     optimisation: Optimisation
     workers: Workers = Workers()
+    parse_rate_samples: int = Field(default=4, ge=0)
+    """So many samples of each task are answered at the end, to log how many answers can be read; 0 for none. They come
+    from the split val, or else are kept out of training (at most a tenth of a task's samples)."""
+
+    @model_validator(mode="after")
+    def _weights_of_its_tasks(self) -> TrainSpec:
+        weights = self.optimisation.sampling
+        if not isinstance(weights, str) and (strange := sorted(weights.keys() - set(self.tasks))):
+            raise ValueError(
+                f"optimisation.sampling weighs {', '.join(strange)}, which is not among tasks: "
+                f"{', '.join(self.tasks)}"
+            )
+        return self
 
 
 class EvaluateSpec(Job):
@@ -216,45 +258,99 @@ class EvaluateSpec(Job):
     job: Literal["evaluate"]
     data: list[DataSource] = Field(min_length=1)
     features: Features
-    tasks: list[str] = Field(default=["ave", "avvp", "avqa"], min_length=1)
+    tasks: Tasks
     adapter: str
     """Folder of an exported adapter, or the name of a train job."""
     split: Literal["train", "val", "test"] = "test"
     batch_size: int = Field(default=16, ge=1)
-    max_new_tokens: int = Field(default=160, ge=1)
+    max_new_tokens: int = Field(default=400, ge=1)
+    """An answer that is not ended by then is cut. Masks of a busy clip take 300: ten for each change of what sounds."""
     samples_per_task: int | None = Field(default=None, ge=1)
     """The first so many of each task; all when left out."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that answer side by side, each with the whole model, on one CPU core or (device cuda) one GPU each."""
     device: str = "cpu"
 
 
 class PretrainSpec(Job):
-    """Makes the tiny preset: encoders, tokenizer and LLM, trained on AV-Shapes that are rendered on the fly."""
+    """Makes the tiny preset, encoders to mask decoder, from AV-Shapes that are rendered in memory."""
 
     job: Literal["pretrain"]
     out: Place
-    """New folder for the weights (safetensors) and the tokenizer."""
+    """Folder for the stages and, at the end, `preset`. Stages that are there are not done again."""
     seed: int = Field(default=0, ge=0)
-    clips: int = Field(default=8000, ge=10)
+    clips: int = Field(default=24000, ge=10)
     """Scenes that are drawn; their seed is not that of any data set that `crab synth` writes."""
-    vision_steps: int = Field(default=1500, ge=1)
+    feature_clips: int = Field(default=1500, ge=1)
+    """The first so many of them go through both encoders; about 1 MB each on the disk."""
+    vision_steps: int = Field(default=2000, ge=1)
     audio_steps: int = Field(default=600, ge=1)
-    llm_steps: int = Field(default=2400, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    llm_steps: int = Field(default=5000, ge=1)
+    projector_steps: int = Field(default=1000, ge=1)
+    mask_steps: int = Field(default=300, ge=1)
+    joint_steps: int = Field(default=700, ge=1)
+    batch_size: int = Field(default=14, ge=1)
+    """Scenes of a step where the LLM learns; the other stages have their own."""
 
 
-Spec = PreprocessSpec | TrainSpec | EvaluateSpec | PretrainSpec
-_SPEC: TypeAdapter[Spec] = TypeAdapter(
-    Annotated[
-        Union[PreprocessSpec, TrainSpec, EvaluateSpec, PretrainSpec],  # noqa: UP007 (Annotated wants a value)
-        Field(discriminator="job"),
-    ]
-)
+class ReportSpec(Job):
+    """A page to look at: scores beside baselines, and examples of each task, the worst first."""
+
+    job: Literal["report"]
+    run: str
+    """Name of a finished evaluate job."""
+    examples: int = Field(default=6, ge=1)
+    """Of each task."""
+
+
+Step = SynthSpec | PreprocessSpec | TrainSpec | EvaluateSpec | ReportSpec | PretrainSpec
+"""A job that does one thing."""
 _KINDS: dict[str, type[Job]] = {
+    "synth": SynthSpec,
     "preprocess": PreprocessSpec,
     "train": TrainSpec,
     "evaluate": EvaluateSpec,
+    "report": ReportSpec,
     "pretrain": PretrainSpec,
 }
+
+
+class SequenceSpec(Job):
+    """Jobs one after the other. Started again after a failure, each step that is done says so and costs little.
+
+    `runs` and `tracking` hold for the steps that do not name their own.
+    """
+
+    job: Literal["sequence"]
+    steps: list[Annotated[Step, Field(discriminator="job")]] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down(cls, values: Any) -> Any:
+        steps = values.get("steps") if isinstance(values, Mapping) else None
+        if not isinstance(steps, list):
+            return values
+        common = {name: values[name] for name in ("runs", "tracking") if name in values}
+        filled = [{**common, **step} if isinstance(step, Mapping) else step for step in steps]
+        return {**values, "steps": filled}
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> SequenceSpec:
+        names = Counter([self.name, *(step.name for step in self.steps)])
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"each job needs a name of its own; used twice: {', '.join(twice)}")
+        return self
+
+
+Spec = Step | SequenceSpec
+_SPEC: TypeAdapter[Spec] = TypeAdapter(
+    Annotated[
+        Union[Step, SequenceSpec],  # noqa: UP007 (Annotated wants a value)
+        Field(discriminator="job"),
+    ]
+)
+KINDS = _KINDS | {"sequence": SequenceSpec}
+"""The models of specs by what stands under `job:`."""
 
 
 def load_spec(path: str | Path, changes: Sequence[str] = ()) -> Spec:
@@ -267,24 +363,7 @@ def load_spec(path: str | Path, changes: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: no such file, not YAML, or not a spec; says what was expected.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        known = sorted(str(p) for p in (Path(__file__).parent / "specs").glob("*.yaml"))
-        raise SpecError(
-            f"cannot read the spec {path}: {error}. The ones shipped: {known}"
-        ) from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SpecError(
-            f"{path}: expected a mapping with `job:` and `name:`, got {type(values).__name__}"
-        )
-    for change in changes:
-        _apply(values, change)
-    return parse_spec(values, str(path))
+    return parse_spec(read_yaml(path, changes), str(path))
 
 
 def parse_spec(values: Mapping[str, Any], where: str = "spec") -> Spec:
@@ -292,7 +371,7 @@ def parse_spec(values: Mapping[str, Any], where: str = "spec") -> Spec:
     try:
         return _SPEC.validate_python(values)
     except ValidationError as error:
-        raise SpecError(_explain(error, values, where)) from error
+        raise SpecError(explain(error, values, where, KINDS)) from error
 
 
 def spec_record(spec: Job) -> dict[str, Any]:
@@ -303,7 +382,12 @@ def spec_record(spec: Job) -> dict[str, Any]:
 def spec_digest(spec: Job, leave_out: Iterable[str]) -> str:
     """Digest of what a job means: the fields in `leave_out` (placement, tracking) do not count."""
     record = {name: value for name, value in spec_record(spec).items() if name not in leave_out}
-    return digest(_without_floats(record))
+    return record_digest(record)
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Digest of plain values, floats among them."""
+    return digest(_without_floats(dict(record)))
 
 
 def _without_floats(value: Any) -> Any:
@@ -315,51 +399,3 @@ def _without_floats(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_floats(inner) for inner in value]
     return value
-
-
-def _apply(values: dict[str, Any], change: str) -> None:
-    path, equals, text = change.partition("=")
-    if not equals or not path:
-        raise SpecError(
-            f"--set {change!r}: expected a.b=value, for example --set optimisation.steps=100"
-        )
-    *parents, last = path.split(".")
-    for name in parents:
-        below = values.setdefault(name, {})
-        if not isinstance(below, dict):
-            raise SpecError(f"--set {change!r}: {name} is {below!r}, not a mapping")
-        values = below
-    values[last] = yaml.safe_load(text)
-
-
-def _explain(error: ValidationError, values: Mapping[str, Any], where: str) -> str:
-    kind = values.get("job")
-    lines = [f"{where}: {error.error_count()} problem(s)"]
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"] if part != kind]
-        message = problem["msg"]
-        if problem["type"] == "extra_forbidden":
-            names = _fields_at(_KINDS.get(str(kind)), location[:-1])
-            near = difflib.get_close_matches(location[-1], names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
-            message = f"unknown key; {hint}"
-        elif problem["type"].startswith("union_tag"):
-            location, message = ["job"], f"is {kind!r}; expected one of {', '.join(_KINDS)}"
-        lines.append(f"  {'.'.join(location) or 'spec'}: {message}")
-    return "\n".join(lines)
-
-
-def _fields_at(model: type[BaseModel] | None, path: Sequence[str]) -> list[str]:
-    for name in path:
-        if model is None or name.isdigit():
-            continue
-        field = model.model_fields.get(name)
-        model = next(iter(_models_in(field.annotation)), None) if field else None
-    return sorted(model.model_fields) if model else []
-
-
-def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _models_in(inner)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from crab.model.build import build_model
 from crab.model.collate import Collator, Example
-from crab.model.config import AdapterConfig, CrabConfig, LlmConfig, ProjectorConfig, PromptConfig
+from crab.model.config import (
+    AdapterConfig,
+    CrabConfig,
+    LlmConfig,
+    MaskDecoderConfig,
+    ProjectorConfig,
+    PromptConfig,
+)
 from crab.model.crab_model import CrabModel
 from crab.model.llm import train_tokenizer
-from crab.samples import Sample
+from crab.samples import MaskRef, Sample
+from crab.tasks.mask_answer import MaskItem, format_mask_answer
 
 VIDEO_SIZE, AUDIO_SIZE = 12, 10
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "star")
+NUM_CLASSES = 5
 
 
 def texts() -> list[str]:
@@ -76,6 +87,16 @@ def config(method: str = "interaction_lora", vocab_size: int = 400) -> CrabConfi
         audio=ProjectorConfig(layer="tokens", feature_size=AUDIO_SIZE, **projector),
         adapter=AdapterConfig(method=method, lora_dropout=0.0),
         prompt=PromptConfig(max_length=256),
+        masks=MaskDecoderConfig(
+            layers=("layer_2", "layer_4"),
+            feature_size=VIDEO_SIZE,
+            width=16,
+            num_queries=4,
+            num_heads=2,
+            intermediate_size=32,
+            output_size=16,
+            num_classes=NUM_CLASSES,
+        ),
     )
 
 
@@ -142,3 +163,51 @@ def example(
         shape = (num_segments, audio_tokens, AUDIO_SIZE)
         features["audio"] = {"tokens": random.normal(size=shape).astype(np.float32)}
     return Example(sample=sample(index, streams=streams, **changes), features=features)
+
+
+def place_features(random: np.random.Generator, num_frames: int, grid: int) -> np.ndarray:
+    """[frames, grid * grid, VIDEO_SIZE] float32: waves that tell each place, and a little noise."""
+    x, y = np.meshgrid(np.arange(grid) / grid, np.arange(grid) / grid)
+    waves = [
+        f(2 * np.pi * k * axis) for axis in (x, y) for k in (0.5, 1, 2) for f in (np.sin, np.cos)
+    ]
+    places = np.stack(waves, axis=-1).reshape(1, grid * grid, VIDEO_SIZE)
+    noise = random.normal(0, 0.1, (num_frames, grid * grid, VIDEO_SIZE))
+    return (places + noise).astype(np.float32)
+
+
+def mask_example(
+    folder: Path, index: int = 0, *, task: str = "ms3", grid: int = 4, **changes: object
+) -> Example:
+    """Four frames; one object masked in seconds 0 and 1, another in second 3. Masks are 32 x 32 PNGs in `folder`.
+
+    Second 2 has a mask file too, an empty one, and no span.
+    """
+    first, second = (
+        MaskItem(start_s=0, end_s=2, names=(f"{COLOURS[index % 4]} circle",)),
+        MaskItem(start_s=3, end_s=4, names=(f"{COLOURS[index % 4]} star",)),
+    )
+    refs = []
+    for frame in range(4):
+        pixels = np.zeros((32, 32), np.uint8)
+        if frame in (0, 1):
+            pixels[4:14, 4 + 2 * (index % 4) : 20] = 1 + index % 4
+        if frame == 3:
+            pixels[18:30, 6:26] = 1 + (index + 1) % 4
+        path = folder / f"{task}-{index}-{frame}.png"
+        Image.fromarray(pixels).save(path)
+        refs.append(MaskRef(frame=frame, file=str(path)))
+    random = np.random.default_rng(index)
+    layers = {name: place_features(random, 4, grid) for name in ("layer_2", "layer_4")}
+    # What stands in a frame: the language model could not name it otherwise.
+    layers["layer_4"] += random.normal(size=VIDEO_SIZE).astype(np.float32)
+    audio = {"tokens": random.normal(size=(3, 6, AUDIO_SIZE)).astype(np.float32)}
+    changes = {
+        "id": f"{task}-{index}",
+        "task": task,
+        "instruction": "Mask what sounds.",
+        "reasoning": "",
+        "answer": format_mask_answer([first, second]),
+        "masks": refs,
+    } | changes
+    return Example(sample=sample(index, **changes), features={"video": layers, "audio": audio})

@@ -1,7 +1,7 @@
 """Small relatives of the real encoders, for laptops and tests, and the way to make and save any.
 
 Same code, same file layout and same loader as the real ones, only smaller: a 112-pixel CLIP tower
-(49 patches, 0.5 M parameters) and a BEATs with 3 layers (0.4 M). `build_random` gives a module that
+(196 patches, 0.5 M parameters) and a BEATs with 3 layers (0.4 M). `build_random` gives a module that
 can be trained; `save_encoder` writes the folder that `load_encoder` reads.
 """
 
@@ -18,14 +18,14 @@ from crab.encoders.beats import Beats, BeatsConfig
 from crab.encoders.beats_checkpoint import save_beats
 from crab.encoders.clip import DEFAULT_STATISTICS, VisionFeatures, quiet_transformers
 
-TINY_SELECT_LAYERS = (2, 3, 4)
-"""As [14, 22, 23] of ViT-L/14: two scales for masks, the last for the language model."""
+TINY_SELECT_LAYERS = (2, 4)
+"""As [14, 22, 23] of ViT-L/14: both for masks, the last also for the language model."""
 
 
 def tiny_clip_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
         image_size=112,
-        patch_size=16,
+        patch_size=8,
         hidden_size=96,
         intermediate_size=384,
         num_hidden_layers=4,

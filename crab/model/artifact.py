@@ -2,7 +2,7 @@
 
     crab.json               config, ids of the added tokens, lineage (whatever the job wants to
     keep) adapter/                PEFT's own files, for PeftModel.from_pretrained
-    trained.safetensors     projectors and rows of the added tokens
+    trained.safetensors     projectors, mask decoder and rows of the added tokens
     tokenizer/              the tokenizer with Crab's tokens
 
 The frozen LLM is not in it; crab.json says where it was. A folder appears whole (written under
@@ -27,7 +27,8 @@ from crab.model.config import CrabConfig
 from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
+"""2: a mask decoder may be among the weights, and the tokens that the answers hold are ordinary ones."""
 RECORD = "crab.json"
 WEIGHTS = "trained.safetensors"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
@@ -90,8 +91,12 @@ def load_model(
         raise FileNotFoundError(f"{source} has no {RECORD}; give a folder that training exported")
     record = json.loads((source / RECORD).read_text())
     if record["format"] != FORMAT:
-        raise ValueError(f"{source} has format {record['format']}, this version reads {FORMAT}")
-    config = CrabConfig.model_validate(record["config"])
+        raise ValueError(
+            f"{source} has format {record['format']}, this version reads {FORMAT}; train the adapter again, "
+            "or load it with the version that made it"
+        )
+    # Its first values have long been trained away: the folder that they came from need not be there any more.
+    config = CrabConfig.model_validate(record["config"] | {"initial": None})
     if llm_path is not None:
         llm = config.llm.model_copy(update={"path": llm_path, "architecture": None})
         config = config.model_copy(update={"llm": llm})

@@ -1,4 +1,4 @@
-"""From one config to a model: LLM, adapter, projectors, added tokens, each seeded by itself.
+"""From one config to a model: LLM, adapter, projectors, mask decoder, added tokens, each seeded by itself.
 
 The adapter goes on before the projectors exist: matching by name suffix (`q_proj`) on the whole
 model would also hit whatever else has such a layer.
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crab.model.config import AdapterConfig, CrabConfig
 from crab.model.crab_model import CrabModel
+from crab.model.initial import load_initial
 from crab.model.llm import make_llm
 from crab.model.tokens import add_new_tokens
 
@@ -32,6 +33,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         model = CrabModel(adapted, config, table)
+    if config.initial is not None:
+        load_initial(model, config.initial)
     return model.train()
 
 

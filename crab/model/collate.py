@@ -6,37 +6,32 @@ left, as generation needs. Nothing is ever cut: a sample that is too long is ref
 because a cut answer would train the model to stop early.
 
 Legend: N samples, L longest sequence, Mv frames and Ma segments of the whole batch, P encoder
-tokens, D feature width.
+tokens, D feature width, F frames to be drawn, S side of the drawn masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from crab.model.drawing import drawing, frames_to_draw, join_drawings
+from crab.model.example import Batch, Example, checked_layer
 from crab.model.prompt import prompt_text, target_text, user_text
+from crab.tasks import TASKS
+from crab.tasks.mask_answer import NUM_MASK_TOKENS
 
 if TYPE_CHECKING:
-    from crab.model.config import CrabConfig, ProjectorConfig
+    from crab.model.config import CrabConfig
     from crab.model.tokens import TokenTable
     from crab.samples import Sample
 
+__all__ = ["IGNORED", "Batch", "Collator", "Example"]
+
 IGNORED = -100
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A sample with its features: stream name -> layer name -> array [frames or segments, P, D]."""
-
-    sample: Sample
-    features: Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Collator:
@@ -59,7 +54,10 @@ class Collator:
         """Batch of int64 input_ids, attention_mask, position_ids (and labels, -100 outside the
         target), each [N, L]; video [Mv, P, D] and audio [Ma, P, D] where some sample has them, with
         video_mask / audio_mask [M, P] (bool) where samples differ in P (MUSIC-AVQA's 2 s segments
-        beside 1 s ones).
+        beside 1 s ones). With a target, where the model draws and some sample has a labelled frame in a
+        span: mask_coarse and mask_fine [F, P, D], mask_group [F] (counts the groups of mask tokens in
+        the labels, row by row), mask_sample [F], mask_target uint8 [F, S, S] (0 and 1, or classes),
+        mask_semantic [F] (bool: its target holds classes).
 
         Raises:
             ValueError: no examples, a sample too long, features missing or of the wrong shape;
@@ -70,7 +68,9 @@ class Collator:
         rows, starts = [], []
         frames: list[np.ndarray] = []
         segments: list[np.ndarray] = []
-        for example in examples:
+        drawings: list[Batch] = []
+        num_groups = 0
+        for index, example in enumerate(examples):
             media = self._media(example)
             prompt = self._prompt_ids(example.sample, media)
             target = self._target_ids(example.sample) if with_target else []
@@ -85,9 +85,15 @@ class Collator:
             starts.append(len(prompt))
             frames += [media[name] for name in ("video", "image") if name in media]
             segments += [media["audio"]] if "audio" in media else []
+            if with_target:
+                found = drawing(example, self.config, index, num_groups)
+                drawings += [] if found is None else [found]
+                num_groups += target.count(self.table.drawn_ids[0])
         batch = self._sequences(rows, starts if with_target else None)
         batch |= _stack("video", frames)
         batch |= _stack("audio", segments)
+        if drawings:
+            batch |= join_drawings(drawings)
         return batch
 
     def num_target_tokens(self, sample: Sample) -> int:
@@ -96,6 +102,19 @@ class Collator:
         """
         return len(self._target_ids(sample))
 
+    def num_mask_frames(self, sample: Sample) -> int:
+        """Frames of a sample that carry mask loss, without opening a file: the unit of the mask loss."""
+        return len(frames_to_draw(sample, self.config))
+
+    def layers(self, sample: Sample) -> dict[str, tuple[str, ...]]:
+        """Stream -> the encoder outputs that the model reads of this sample; those for drawing only where it draws."""
+        task = TASKS.get(sample.task)
+        draws = task is not None and task.needs in ("mask", "classes")
+        return {
+            stream: self.config.layers(stream, masks=draws)
+            for stream in ("video", "image", "audio")
+        }
+
     def _media(self, example: Example) -> dict[str, np.ndarray]:
         sample, found = example.sample, {}
         for name, projector in (
@@ -103,9 +122,11 @@ class Collator:
             ("image", self.config.video),
             ("audio", self.config.audio),
         ):
-            layers = example.features.get(name)
-            if layers is not None:
-                found[name] = _selected_layer(layers, projector, sample.id, name)
+            if name in example.features:
+                setting = "audio.layer" if name == "audio" else "video.layer"
+                found[name] = checked_layer(
+                    example, name, projector.layer, projector.feature_size, setting
+                )
             elif getattr(sample, name) is not None:
                 raise ValueError(
                     f"sample {sample.id!r} names {name} {getattr(sample, name)!r} but no {name} "
@@ -140,6 +161,12 @@ class Collator:
             raise ValueError(
                 f"sample {sample.id!r}: reasoning or answer contains a media token; remove it"
             )
+        group = [*self.table.drawn_ids]
+        if [token for token in ids if token in group] != group * ids.count(group[0]):
+            raise ValueError(
+                f"sample {sample.id!r}: the answer's mask tokens do not come in whole groups of "
+                f"{NUM_MASK_TOKENS}, <mask_0> first"
+            )
         return [*ids, self.eos_id]
 
     def _sequences(self, rows: list[list[int]], starts: list[int] | None) -> Batch:
@@ -160,24 +187,6 @@ class Collator:
             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
         }
         return batch if starts is None else batch | {"labels": labels}
-
-
-def _selected_layer(
-    layers: Mapping[str, np.ndarray], projector: ProjectorConfig, sample_id: str, stream: str
-) -> np.ndarray:
-    if projector.layer not in layers:
-        raise ValueError(
-            f"sample {sample_id!r}: {stream} features have layers {sorted(layers)}, the model "
-            f"reads {projector.layer!r}; preprocess with that layer or change {stream}.layer"
-        )
-    array = layers[projector.layer]
-    if array.ndim != 3 or array.shape[2] != projector.feature_size or 0 in array.shape:
-        raise ValueError(
-            f"sample {sample_id!r}: {stream} features {projector.layer!r} have shape "
-            f"{array.shape}, expected [frames or segments, encoder tokens, "
-            f"{projector.feature_size}], none of them 0"
-        )
-    return array
 
 
 def _stack(name: str, arrays: list[np.ndarray]) -> Batch:

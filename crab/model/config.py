@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from crab.tasks.mask_answer import NUM_MASK_TOKENS
+
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -71,6 +73,51 @@ class ProjectorConfig(_Record):
         return self
 
 
+class MaskDecoderConfig(_Record):
+    """Mask tokens to masks, on two scales of the visual encoder (see mask_decoder.py). The defaults are Crab's."""
+
+    layers: tuple[str, str]
+    """The visual encoder's outputs that are drawn on: (coarse, fine), for example ('layer_14', 'layer_22')."""
+    feature_size: int = Field(gt=0)
+    width: int = Field(default=256, gt=0)
+    map_width: int = Field(default=32, gt=0)
+    """Channels of a place where its features meet the queries, and of the hidden maps. Crab has an eighth of `width`,
+    which is 32 as well, and would be 8 at the tiny sizes: fewer than AV-Shapes' 13 classes.
+    """
+    num_queries: int = Field(default=300, gt=0)
+    """Learned vectors of the query generator; each of them gives one map a scale."""
+    num_heads: int = Field(default=8, gt=0)
+    intermediate_size: int = Field(default=2048, gt=0)
+    num_layers: int = Field(default=2, gt=0)
+    """Of the two-way transformer."""
+    num_query_layers: int = Field(default=2, gt=0)
+    """Of the query generator."""
+    tokens_per_scale: int = Field(default=3, gt=0)
+    output_size: int = Field(default=112, gt=0)
+    """Side of the drawn masks in pixels; answers are resized from it to 224 x 224."""
+    num_classes: int = Field(default=71, gt=1)
+    """Of semantic masks, background (class 0) included."""
+    weight: float = Field(default=1.0, ge=0)
+    """Of the mask loss beside the text loss."""
+    bce_weight: float = Field(default=1.0, ge=0)
+    dice_weight: float = Field(default=0.5, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        # The two-way transformer's cross attention runs at half the width.
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"masks: width {self.width} must be a multiple of twice num_heads {self.num_heads}"
+            )
+        if len(self.layers) * self.tokens_per_scale != NUM_MASK_TOKENS:
+            raise ValueError(
+                f"masks: {len(self.layers)} scales x {self.tokens_per_scale} tokens are not the "
+                f"{NUM_MASK_TOKENS} mask tokens of the grammar"
+            )
+        return self
+
+
 class AdapterConfig(_Record):
     """The adapter on the LLM's linear layers. `lora` is PEFT's own, kept as the baseline of equal
     rank.
@@ -102,10 +149,34 @@ class CrabConfig(_Record):
     audio: ProjectorConfig
     adapter: AdapterConfig = AdapterConfig()
     prompt: PromptConfig = PromptConfig()
-    seed: int = Field(default=42, ge=0)
-    """Initial values of adapter, projectors, and of the LLM when it is made from an
-    architecture.
+    time_positions: int = Field(default=0, ge=0)
+    """So many frames or segments of a clip have a learned vector of their time, added to what the projector says of it.
+    0 is Crab's own: time is known through the LLM's positions alone, which a small LLM takes long to learn to count.
     """
+    masks: MaskDecoderConfig | None = None
+    """None: a model that draws no masks; samples with mask tokens are then learnt as text alone."""
+    seed: int = Field(default=42, ge=0)
+    """Initial values of adapter, projectors, mask decoder, and of the LLM when it is made from an architecture."""
+    initial: str | None = None
+    """Folder with `initial.safetensors` and its digest (see initial.py): first values of projectors, mask decoder and
+    added tokens, from an earlier training. A saved adapter holds its own values and does not need the folder again.
+    """
+
+    @model_validator(mode="after")
+    def _one_visual_encoder(self) -> Self:
+        if self.masks is not None and self.masks.feature_size != self.video.feature_size:
+            raise ValueError(
+                f"masks.feature_size {self.masks.feature_size} is not video.feature_size "
+                f"{self.video.feature_size}, and both read the same encoder"
+            )
+        return self
+
+    def layers(self, stream: str, *, masks: bool = True) -> tuple[str, ...]:
+        """The encoder outputs that the model reads of 'video', 'image' or 'audio'; `masks`: also those for drawing."""
+        if stream == "audio":
+            return (self.audio.layer,)
+        drawn = self.masks.layers if masks and self.masks is not None else ()
+        return tuple(dict.fromkeys((self.video.layer, *drawn)))
 
 
 def paper(llm_path: str | None = None) -> CrabConfig:
@@ -131,6 +202,7 @@ def paper(llm_path: str | None = None) -> CrabConfig:
         llm=LlmConfig(path=llm_path) if llm_path else LlmConfig(architecture=llama_2_7b),
         video=ProjectorConfig(layer="layer_23", feature_size=1024),
         audio=ProjectorConfig(layer="tokens", feature_size=768),
+        masks=MaskDecoderConfig(layers=("layer_14", "layer_22"), feature_size=1024),
     )
 
 
@@ -138,18 +210,19 @@ def tiny(
     llm_path: str | None = None,
     *,
     vocab_size: int = 1024,
-    video_layer: str = "layer_2",
-    video_size: int = 64,
+    video_layer: str = "layer_4",
+    video_size: int = 96,
+    mask_layers: tuple[str, str] = ("layer_2", "layer_4"),
     audio_layer: str = "tokens",
-    audio_size: int = 64,
+    audio_size: int = 96,
+    initial: str | None = None,
 ) -> CrabConfig:
     """A whole Crab of about three million parameters that trains on one CPU core.
 
-    Four vectors a frame and a segment: 10 frames and 10 segments are 80 positions, so that text and
-    media weigh about the same. No dropout, so that runs compare exactly.
+    Six vectors a frame (AV-Shapes has six places) and four a segment: 10 frames and 10 segments are 100 positions, so
+    that text and media weigh about the same. No dropout, so that runs compare exactly.
     """
     projector: dict[str, Any] = {
-        "num_queries": 4,
         "hidden_size": 128,
         "num_heads": 4,
         "num_layers": 2,
@@ -160,10 +233,26 @@ def tiny(
         llm=LlmConfig(path=llm_path)
         if llm_path
         else LlmConfig(architecture=tiny_llama_architecture(vocab_size)),
-        video=ProjectorConfig(layer=video_layer, feature_size=video_size, **projector),
-        audio=ProjectorConfig(layer=audio_layer, feature_size=audio_size, **projector),
+        video=ProjectorConfig(
+            layer=video_layer, feature_size=video_size, num_queries=6, **projector
+        ),
+        audio=ProjectorConfig(
+            layer=audio_layer, feature_size=audio_size, num_queries=4, **projector
+        ),
+        masks=MaskDecoderConfig(
+            layers=mask_layers,
+            feature_size=video_size,
+            width=64,
+            num_queries=16,
+            num_heads=4,
+            intermediate_size=128,
+            output_size=56,
+            num_classes=13,
+        ),
+        time_positions=16,
         adapter=AdapterConfig(lora_dropout=0.0),
         prompt=PromptConfig(max_length=1024),
+        initial=initial,
     )
 
 
@@ -180,4 +269,8 @@ def tiny_llama_architecture(vocab_size: int) -> dict[str, Any]:
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
+        # Wide enough for attention to differ between tokens at once, and slow rotations, so that contents can be
+        # compared across a whole prompt: with the defaults (0.02, 1e4) small models learn to look things up much later.
+        "initializer_range": 0.06,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     }

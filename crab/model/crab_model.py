@@ -1,17 +1,19 @@
 """The model: features and text in, loss out.
 
-A frozen causal LM (plain or wrapped by PEFT), one projector a stream, and the rows of the added
-tokens. Any Hugging Face causal LM will do that has a decoder, an input embedding and an lm_head
-with nothing after it. Media are put into the prompt with one masked_scatter a stream; lm_head and
-cross entropy run only where there is a label (2.1 times faster at 7 % supervised positions, same
-loss: reference/performance.md 5.3).
+A frozen causal LM (plain or wrapped by PEFT), one projector a stream, the rows of the added tokens,
+and a mask decoder where the config has one. Any Hugging Face causal LM will do that has a decoder,
+an input embedding and an lm_head with nothing after it. Media are put into the prompt with one
+masked_scatter a stream; lm_head and cross entropy run only where there is a label (2.1 times faster
+at 7 % supervised positions, same loss: reference/performance.md 5.3). The hidden states that
+predict mask tokens prompt the mask decoder, in training as in generation.
 
 Frozen modules are called, never read: under ZeRO-3 their weights exist only during the call. For
 the same reason every forward that may be followed by a backward touches every trained parameter, in
 the same order, whatever the batch holds.
 
 Legend: N samples, L sequence, W width of the LLM, V logits (vocabulary and added tokens), M frames
-or segments, P encoder tokens, D feature width, S supervised positions.
+or segments, P encoder tokens, D feature width, S supervised positions, G groups of mask tokens, F
+frames with a true mask.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,8 +27,11 @@ from transformers import PreTrainedModel
 
 from crab.model.collate import IGNORED, Batch
 from crab.model.config import CrabConfig
+from crab.model.mask_decoder import MaskDecoder
+from crab.model.mask_loss import mask_loss
 from crab.model.projector import Projector
 from crab.model.tokens import NewEmbedding, NewHead, TokenTable
+from crab.tasks.mask_answer import NUM_MASK_TOKENS
 
 # Models that change the logits after lm_head; leaving that out would be silently wrong.
 _AFTER_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
@@ -51,12 +56,18 @@ class CrabModel(nn.Module):
         std = float(getattr(text_config, "initializer_range", 0.02))
         self.video_projector = Projector(config.video, width)
         self.audio_projector = Projector(config.audio, width)
+        self.time_embedding = (
+            nn.Embedding(config.time_positions, width) if config.time_positions else None
+        )
         self.new_embedding = NewEmbedding(table, width, std)
         self.new_head = NewHead(table, width, std)
+        self.mask_decoder = None if config.masks is None else MaskDecoder(config.masks, width)
         self.video_ids: Tensor
         self.audio_ids: Tensor
+        self.drawn_ids: Tensor
         self.register_buffer("video_ids", torch.tensor(table.video_ids), persistent=False)
         self.register_buffer("audio_ids", torch.tensor(table.audio_ids), persistent=False)
+        self.register_buffer("drawn_ids", torch.tensor(table.drawn_ids), persistent=False)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -71,7 +82,12 @@ class CrabModel(nn.Module):
         decoder: nn.Module = getattr(self.base, self.base.base_model_prefix)
         return decoder
 
-    def forward(self, batch: Batch, normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        normalizer: Tensor | float | None = None,
+        mask_normalizer: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
         """Loss of a batch that has labels (see collate.py for its keys and shapes).
 
         Args:
@@ -80,11 +96,15 @@ class CrabModel(nn.Module):
                 batch. Where a global batch is split, pass the global batch's tokens, so that the
                 parts' losses add up to the whole; where gradients are then averaged over W ranks
                 (DDP, DeepSpeed), pass global tokens / W.
+            mask_normalizer: the same for the mask loss; its unit is the labelled frame. May be 0 where no sample of the
+                global batch has one.
 
         Returns:
-            loss: scalar. sample_loss [N]: cross entropy summed over a sample's tokens, float32,
-                detached.
+            loss: scalar, text + masks.weight x masks. sample_loss [N]: cross entropy summed over a
+                sample's tokens, float32, detached.
             sample_tokens [N]: supervised tokens of each sample, int64.
+            sample_mask_loss [N]: mask loss summed over a sample's labelled frames, float32, detached, not weighted.
+            sample_mask_frames [N]: labelled frames of each sample, int64.
         """
         if "labels" not in batch:
             raise ValueError(
@@ -93,7 +113,8 @@ class CrabModel(nn.Module):
         hidden = self.hidden_states(self.embed(batch), batch)
         supervised = batch["labels"][:, 1:] != IGNORED  # position t predicts the token at t + 1
         targets = batch["labels"][:, 1:][supervised]
-        logits = self.logits(hidden[:, :-1][supervised])
+        predicting = hidden[:, :-1][supervised]
+        logits = self.logits(predicting)
         # At least float32: sums over a vocabulary are not safe in bfloat16.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         token_loss = F.cross_entropy(logits, targets, reduction="none")
@@ -102,11 +123,28 @@ class CrabModel(nn.Module):
         sample_loss = token_loss.new_zeros(len(sample_tokens)).index_add(
             0, sample_index, token_loss
         )
-        divisor = sample_tokens.sum() if normalizer is None else normalizer
+        loss = sample_loss.sum() / (sample_tokens.sum() if normalizer is None else normalizer)
+        sample_mask_frames = torch.zeros_like(sample_tokens)
+        sample_mask_loss = torch.zeros_like(sample_loss)
+        if self.config.masks is not None and self.mask_decoder is not None:
+            drawn = predicting[torch.isin(targets, self.drawn_ids)]
+            sample_mask_loss = self._mask_loss(drawn, batch, len(sample_tokens)).to(loss.dtype)
+            if "mask_sample" in batch:
+                frames = batch["mask_sample"]
+                sample_mask_frames = sample_mask_frames.index_add(
+                    0, frames, torch.ones_like(frames)
+                )
+            divisor = sample_mask_frames.sum() if mask_normalizer is None else mask_normalizer
+            # Without a frame the sum is 0 as well.
+            divisor = torch.as_tensor(divisor, device=loss.device, dtype=loss.dtype)
+            divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+            loss = loss + self.config.masks.weight * sample_mask_loss.sum() / divisor
         return {
-            "loss": sample_loss.sum() / divisor,
+            "loss": loss,
             "sample_loss": sample_loss.detach(),
             "sample_tokens": sample_tokens,
+            "sample_mask_loss": sample_mask_loss.detach(),
+            "sample_mask_frames": sample_mask_frames,
         }
 
     def embed(self, batch: Batch) -> Tensor:
@@ -144,8 +182,27 @@ class CrabModel(nn.Module):
         logits: Tensor = self.new_head(hidden, self.base.get_output_embeddings()(hidden))
         return logits
 
+    def draw(self, prompts: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Masks of the frames in a batch's mask_coarse, mask_fine and mask_group, as its prompts ask.
+
+        Args:
+            prompts: [G, 6, W], the hidden states that predict a group's <mask_0> ... <mask_5>.
+
+        Returns:
+            Logits of the binary mask [F, S, S] and of the classes [F, C, S, S].
+
+        Raises:
+            ValueError: the model has no mask decoder.
+        """
+        if self.config.masks is None or self.mask_decoder is None:
+            raise ValueError("this model draws no masks; set config.masks and train it again")
+        coarse, fine = self.config.masks.layers
+        features = {coarse: batch["mask_coarse"], fine: batch["mask_fine"]}
+        binary, classes = self.mask_decoder(prompts, features, batch["mask_group"])
+        return binary, classes
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that is trained: adapter, projectors, added tokens."""
+        """Name -> parameter of everything that is trained: adapter, projectors, mask decoder, added tokens."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
@@ -188,6 +245,41 @@ class CrabModel(nn.Module):
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
+    def _mask_loss(self, drawn: Tensor, batch: Batch, num_samples: int) -> Tensor:
+        """drawn: hidden states [G * 6, W] that predict mask tokens, row by row -> loss summed by sample [N]."""
+        masks, decoder = self.config.masks, self.mask_decoder
+        assert masks is not None
+        assert decoder is not None
+        if "mask_group" not in batch:
+            zero = drawn.new_zeros(
+                num_samples, dtype=torch.promote_types(drawn.dtype, torch.float32)
+            )
+            if not torch.is_grad_enabled():
+                return zero
+            # As in _splice: another rank may have masks to draw, and both must run the decoder.
+            blank = _blank_frame(drawn, masks.feature_size)
+            # With a gradient, as real prompts have one: ZeRO-3 lets go of a module's weights when the backward reaches
+            # its inputs, and on a rank that keeps them the next gather has another size.
+            prompts = drawn.new_zeros(1, NUM_MASK_TOKENS, drawn.shape[1]).requires_grad_()
+            binary, classes = self.draw(prompts, blank)
+            return zero + 0 * (binary.sum() + classes.sum()).to(zero.dtype)
+        groups = batch["mask_group"]
+        if len(drawn) % NUM_MASK_TOKENS or int(groups.max()) >= len(drawn) // NUM_MASK_TOKENS:
+            raise ValueError(
+                f"the labels hold {len(drawn)} mask tokens, the frames name group {int(groups.max())} of "
+                f"{NUM_MASK_TOKENS} each; collate with this model's tokens"
+            )
+        binary, classes = self.draw(drawn.unflatten(0, (-1, NUM_MASK_TOKENS)), batch)
+        return mask_loss(
+            binary,
+            classes,
+            batch["mask_target"],
+            batch["mask_semantic"],
+            batch["mask_sample"],
+            num_samples,
+            masks,
+        )
+
     def _splice(
         self,
         embeds: Tensor,
@@ -212,11 +304,33 @@ class CrabModel(nn.Module):
                 return embeds
             # Another rank may hold media while this one does not: both must run the projector and
             # reduce its gradients.
-            idle: Tensor = projector(embeds.new_zeros(1, 1, projector.feature_size))
-            return embeds + 0 * idle.sum().to(embeds.dtype)
+            idle: Tensor = projector(embeds.new_zeros(1, 1, projector.feature_size)).sum()
+            if self.time_embedding is not None:
+                idle = idle + self.time_embedding(input_ids.new_zeros(1)).sum()
+            return embeds + 0 * idle.to(embeds.dtype)
         vectors: Tensor = projector(features, batch.get(f"{stream}_mask"))
-        source = vectors.flatten(0, 1).to(embeds.dtype)
+        source = vectors.flatten(0, 1)
+        if self.time_embedding is not None:
+            source = source + self.time_embedding(self._times(where, projector.num_queries, stream))
+        source = source.to(embeds.dtype)
         return embeds.masked_scatter(where.unsqueeze(-1), source)
+
+    def _times(self, where: Tensor, num_queries: int, stream: str) -> Tensor:
+        """Number of the frame or segment within its row, for each placeholder in the order of `where` [N, L]."""
+        times = ((where.cumsum(1) - 1) // num_queries)[where]
+        if times.numel() and int(times.max()) >= self.config.time_positions:
+            raise ValueError(
+                f"{stream}: a sample has {int(times.max()) + 1} frames or segments, time_positions is "
+                f"{self.config.time_positions}; sample fewer, or raise it and train anew"
+            )
+        return times
+
+
+def _blank_frame(like: Tensor, feature_size: int) -> Batch:
+    """The smallest frame that can be drawn on: 2 x 2 encoder tokens."""
+    blank = like.new_zeros(1, 4, feature_size)
+    group = torch.zeros(1, dtype=torch.int64, device=like.device)
+    return {"mask_coarse": blank, "mask_fine": blank, "mask_group": group}
 
 
 def _checked_text_config(base: PreTrainedModel) -> Any:

@@ -4,8 +4,10 @@ Greedy only: Crab's release leaves Llama's sampling defaults on, so its scores c
 run. The prompt goes through the LLM once, as embeddings; each further step feeds one token a sample
 to the key/value cache. Samples that have ended ride along as padding until the last one ends; they
 are behind the attention mask of nobody else, so a sample's text does not depend on its neighbours.
+The hidden states from which mask tokens were chosen are kept: they prompt the mask decoder, so that
+one generation gives the masks of a whole clip.
 
-Legend: N samples, L prompt length, G generated tokens, V logits.
+Legend: N samples, L prompt length, G generated tokens, V logits, W width of the LLM.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ class Generated:
     """False where max_new_tokens came before the end token."""
     logits: Tensor | None
     """[N, G, V] where they were asked for: what each token was chosen from."""
+    drawn: list[Tensor]
+    """One tensor a sample, [its tokens <mask_0> ... <mask_5>, W]: what each of them was chosen from, in their order."""
 
 
 @torch.no_grad()
@@ -70,6 +74,7 @@ def _generate(
     positions = batch["position_ids"]
     done = torch.zeros(num_samples, dtype=torch.bool, device=mask.device)
     tokens, all_logits = [], []
+    drawn: list[list[Tensor]] = [[] for _ in range(num_samples)]
     for step in range(max_new_tokens):
         view = {"attention_mask": mask[:, : prompt_length + step], "position_ids": positions}
         hidden = model.hidden_states(embeds, view, past_key_values=cache, use_cache=True)
@@ -78,6 +83,8 @@ def _generate(
         tokens.append(token)
         if return_logits:
             all_logits.append(logits)
+        for sample in torch.isin(token, model.drawn_ids).nonzero()[:, 0].tolist():
+            drawn[sample].append(hidden[sample, -1])
         done = done | (token == eos_id)
         if bool(done.all()):
             break
@@ -88,4 +95,5 @@ def _generate(
         ids=[row[: row.index(eos_id)] if eos_id in row else row for row in rows],
         finished=done.tolist(),
         logits=torch.stack(all_logits, dim=1) if return_logits else None,
+        drawn=[torch.stack(s) if s else hidden.new_zeros(0, hidden.shape[-1]) for s in drawn],
     )

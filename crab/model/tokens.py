@@ -21,10 +21,14 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from crab.tasks.mask_answer import NUM_MASK_TOKENS
+
 MEDIA_TOKENS = tuple(
     f"<{media}{part}>" for media in ("image", "video", "audio") for part in ("", "_start", "_end")
 )
-MASK_TOKENS = ("<mask_start>", "<mask_end>", *(f"<mask_{index}>" for index in range(6)))
+DRAWN_TOKENS = tuple(f"<mask_{index}>" for index in range(NUM_MASK_TOKENS))
+"""The hidden states that predict these, in this order, prompt the mask decoder."""
+MASK_TOKENS = ("<mask_start>", "<mask_end>", *DRAWN_TOKENS)
 NEW_TOKENS = MEDIA_TOKENS + MASK_TOKENS
 GENERATED_TOKENS = MASK_TOKENS
 """Only these can be written by the model; the media tokens occur in prompts alone and never get a
@@ -63,6 +67,11 @@ class TokenTable:
     def audio_ids(self) -> tuple[int]:
         return (self.id_of["<audio>"],)
 
+    @property
+    def drawn_ids(self) -> tuple[int, ...]:
+        """<mask_0> ... <mask_5>."""
+        return tuple(self.id_of[name] for name in DRAWN_TOKENS)
+
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
     """Make the tokenizer know Crab's tokens (in place) and return their ids.
@@ -76,12 +85,10 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
     """
     before = tokenizer.get_vocab()
     taken = {token_id: name for name, token_id in before.items()}
-    # The six <mask_i> are ordinary tokens as in Crab: they must survive decoding without special
-    # tokens.
-    ordinary = {f"<mask_{index}>" for index in range(6)}
     for name in NEW_TOKENS:
         if name not in before:
-            special = name not in ordinary
+            # What is written is part of the answer and must survive decoding without special tokens.
+            special = name not in GENERATED_TOKENS
             tokenizer.add_tokens(
                 [AddedToken(name, special=special, normalized=False)], special_tokens=special
             )

@@ -91,7 +91,7 @@ def visual_location(scene: Scene) -> list[tuple[str, str, str]]:
     return [
         (
             f"Where is the {actor.name}?",
-            f"The {actor.name} moves on the {actor.position}.",
+            f"The {actor.name} moves {actor.place}.",
             actor.position,
         )
         for actor in scene.seen
@@ -103,9 +103,7 @@ def audio_visual_location(scene: Scene) -> list[tuple[str, str, str]]:
     if first is None or not first.visible:
         return []
     start = runs(first.sounding)[0][0]
-    reasoning = (
-        f"The {first.name} is heard first, from {start}. It is seen on the {first.position}."
-    )
+    reasoning = f"The {first.name} is heard first, from {start}. It is seen {first.place}."
     return [("Where is the object that is heard first?", reasoning, first.position)]
 
 

@@ -1,14 +1,16 @@
-"""A folder of AV-Shapes: clips/*.mp4, samples.jsonl, dataset.json.
+"""A folder of AV-Shapes: clips/*.mp4, masks/*/0.png ... 9.png, samples.jsonl, dataset.json.
 
 `dataset.json` is written first and says what the folder holds; a second call with other settings is refused instead of
-mixing clips. A clip that exists is complete (it got its name by a rename) and is not written again, so a run that was
-killed goes on where it stopped, and one that is finished costs nothing. `samples.jsonl` is written last.
+mixing clips. A clip or a folder of masks that exists is complete (it got its name by a rename) and is not written
+again, so a run that was killed goes on where it stopped, and one that is finished costs nothing. `samples.jsonl` is
+written last.
 """
 
 import json
 import multiprocessing
 import os
 import re
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from crab.samples import write_samples
+from crab.synth.index_maps import map_folder, write_maps
 from crab.synth.make import SCENE_VERSION, make_scene
-from crab.synth.questions import QUESTIONS_PER_CLIP, samples_of, video_path
+from crab.synth.questions import QUESTIONS_PER_CLIP, samples_of
+from crab.synth.sample import video_path
 from crab.synth.scene import CLASS_NAMES, COLUMNS
 from crab.synth.words import NUMBERS
 from crab.synth.write import AUDIO_RATE_HZ, FPS, write_clip
@@ -46,7 +50,8 @@ def synthesise(
             f"size {size} given, expected an even number of pixels, 32 or more (H.264 in 4:2:0)"
         )
     folder = Path(out_dir)
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    for name in ("clips", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     _claim(
         folder,
         {
@@ -58,17 +63,15 @@ def synthesise(
         },
     )
     _sweep(folder / "clips")
+    _sweep(folder / "masks")
+    scenes = [make_scene(seed, index) for index in range(num_clips)]
     missing = [
-        index
-        for index in range(num_clips)
-        if not (folder / video_path(make_scene(seed, index))).exists()
+        scene.index
+        for scene in scenes
+        if not all((folder / path(scene)).exists() for path in (video_path, map_folder))
     ]
     _write_clips(folder, seed, missing, size, workers or len(os.sched_getaffinity(0)))
-    samples = [
-        s
-        for index in range(num_clips)
-        for s in samples_of(make_scene(seed, index), questions_per_clip)
-    ]
+    samples = [sample for scene in scenes for sample in samples_of(scene, questions_per_clip)]
     return write_samples(folder / "samples.jsonl", samples)
 
 
@@ -89,7 +92,10 @@ def _write_clips(folder: Path, seed: int, indices: list[int], size: int, workers
 
 def _write_one(folder: Path, seed: int, size: int, index: int) -> None:
     scene = make_scene(seed, index)
-    write_clip(scene, folder / video_path(scene), size)
+    if not (masks := folder / map_folder(scene)).exists():
+        write_maps(scene, masks)
+    if not (clip := folder / video_path(scene)).exists():
+        write_clip(scene, clip, size)
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -121,9 +127,12 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     temporary.replace(record)
 
 
-def _sweep(clips: Path) -> None:
-    """Delete half-written clips of processes that are gone."""
-    for leftover in clips.glob(".*.tmp"):
+def _sweep(folder: Path) -> None:
+    """Delete what processes that are gone have left half written: clips, or folders of masks."""
+    for leftover in folder.glob(".*.tmp"):
         owner = re.fullmatch(r"\..*\.(\d+)\.tmp", leftover.name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)

@@ -59,6 +59,11 @@ class Actor:
         return COLUMNS[self.column]
 
     @property
+    def place(self) -> str:
+        """ "on the left", "in the middle" or "on the right"."""
+        return f"{'in' if self.position == 'middle' else 'on'} the {self.position}"
+
+    @property
     def together(self) -> int:
         """Seconds in which it is both seen and heard, as bits."""
         return self.visible & self.sounding

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from crab.synth.scene import Scene
 from crab.tasks.spans import runs
 
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -10,6 +11,12 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 def listing(names: Iterable[str]) -> str:
     """ "red circle, blue square" or "nothing"."""
     return ", ".join(names) or "nothing"
+
+
+def seen_and_heard(scene: Scene) -> str:
+    """What is seen at some time and what is heard at some time, as two sentences."""
+    seen, heard = (listing(actor.name for actor in some) for some in (scene.seen, scene.heard))
+    return f"Seen: {seen}. Heard: {heard}."
 
 
 def spans_in_words(bits: int) -> str:

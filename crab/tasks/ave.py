@@ -9,17 +9,29 @@ avoided: it takes the end second as part of the range, and it lets unreadable an
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from crab.samples import Sample
-from crab.tasks.base import Metrics, check_pairs, distinct, full_target, normalise
+from crab.tasks.base import (
+    Answer,
+    Metrics,
+    Needs,
+    distinct,
+    full_target,
+    normalise,
+    paired,
+    without_question,
+)
 from crab.tasks.spans import FULL, NUM_SECONDS, grid
 
 INSTRUCTION = (
     "Describe what is seen and heard, then name the event that is both seen and heard"
     " and give its time range in seconds."
 )
+
+BACKGROUND = "background"
+"""The 29th class of the official labels: nothing is seen and heard at once."""
 
 _ANSWER = re.compile(
     r"[^<>]*<event>\s*([^<>]*[^<>\s])\s*</event>\s*<range>\s*(\d{1,2})\s*,\s*(\d{1,2})\s*</range>\s*"
@@ -35,7 +47,8 @@ class AveEvent:
 
     @property
     def seconds(self) -> int:
-        return grid([(self.start_s, self.end_s)])
+        """The seconds that are not background, as bits."""
+        return 0 if self.event == BACKGROUND else grid([(self.start_s, self.end_s)])
 
 
 def format_answer(event: str, start_s: int, end_s: int) -> str:
@@ -63,6 +76,12 @@ def read_label(sample: Sample) -> AveEvent:
 class Ave:
     name: str = "ave"
     headline: str = "accuracy"
+    perfect: float = 1.0
+    needs: Needs = "text"
+
+    def instruction(self, question: str | None) -> str:
+        without_question(self.name, question)
+        return INSTRUCTION
 
     def request(self, sample: Sample) -> str:
         return sample.instruction
@@ -80,21 +99,16 @@ class Ave:
             return None
         return AveEvent(event=event, start_s=start_s, end_s=end_s)
 
-    def score(self, samples: Sequence[Sample], texts: Sequence[str]) -> Metrics:
+    def score(self, samples: Sequence[Sample], answers: Iterable[Answer]) -> Metrics:
         """accuracy (segments), event_accuracy (name only), exact_match (name and range), parse_rate."""
-        check_pairs(samples, texts, self.name)
         segments = events = exact = parsed = 0
-        for sample, text in zip(samples, texts, strict=True):
-            truth, prediction = read_label(sample), self.parse(text)
-            if prediction is None:
-                segments += (FULL & ~truth.seconds).bit_count()
-                continue
-            parsed += 1
-            same_event = prediction.event == truth.event
-            segments += (FULL & ~(truth.seconds | prediction.seconds)).bit_count()
-            segments += (truth.seconds & prediction.seconds).bit_count() if same_event else 0
-            events += same_event
-            exact += prediction == truth
+        for sample, answer in paired(samples, answers, self.name):
+            truth, prediction = read_label(sample), self.parse(answer.text)
+            segments += right_seconds(prediction, truth)
+            if prediction is not None:
+                parsed += 1
+                events += prediction.event == truth.event
+                exact += prediction == truth
         count = len(samples)
         return {
             "accuracy": segments / (count * NUM_SECONDS),
@@ -103,9 +117,18 @@ class Ave:
             "parse_rate": parsed / count,
         }
 
-    def constants(self, train: Sequence[Sample]) -> list[str]:
+    def goodness(self, sample: Sample, answer: Answer) -> float:
+        """Share of seconds that are right; 0 for an unreadable answer."""
+        prediction = self.parse(answer.text)
+        return (
+            0.0
+            if prediction is None
+            else right_seconds(prediction, read_label(sample)) / NUM_SECONDS
+        )
+
+    def constants(self, train: Sequence[Sample]) -> list[Answer]:
         """Every distinct train answer, and every event of the train split with each of the 55 possible ranges."""
-        events = distinct([read_label(sample).event for sample in train])
+        events = dict.fromkeys(read_label(sample).event for sample in train)
         built = [
             format_answer(event, start_s, end_s)
             for event in events
@@ -113,3 +136,12 @@ class Ave:
             for end_s in range(start_s + 1, NUM_SECONDS + 1)
         ]
         return distinct([sample.answer for sample in train] + built)
+
+
+def right_seconds(prediction: AveEvent | None, truth: AveEvent) -> int:
+    """How many of the ten seconds have the right class. No prediction is background throughout."""
+    if prediction is None:
+        return (FULL & ~truth.seconds).bit_count()
+    background = FULL & ~(truth.seconds | prediction.seconds)
+    shared = truth.seconds & prediction.seconds if prediction.event == truth.event else 0
+    return background.bit_count() + shared.bit_count()

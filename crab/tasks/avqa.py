@@ -10,11 +10,20 @@ drops them: 9059 of 9129 questions are left in its mean).
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from crab.samples import Sample
-from crab.tasks.base import Metrics, check_pairs, distinct, full_target, normalise
+from crab.tasks.base import (
+    Answer,
+    Metrics,
+    Needs,
+    distinct,
+    full_target,
+    normalise,
+    paired,
+    with_question,
+)
 
 _ANSWER = re.compile(r"[^<>]*<answer>\s*([^<>]*[^<>\s])\s*</answer>\s*")
 
@@ -47,6 +56,11 @@ def groups(sample: Sample) -> list[str]:
 class Avqa:
     name: str = "avqa"
     headline: str = "accuracy"
+    perfect: float = 1.0
+    needs: Needs = "text"
+
+    def instruction(self, question: str | None) -> str:
+        return instruction(with_question(self.name, question, "How many objects are heard?"))
 
     def request(self, sample: Sample) -> str:
         return sample.instruction
@@ -59,14 +73,13 @@ class Avqa:
         match = _ANSWER.fullmatch(text)
         return None if match is None else normalise(match[1])
 
-    def score(self, samples: Sequence[Sample], texts: Sequence[str]) -> Metrics:
+    def score(self, samples: Sequence[Sample], answers: Iterable[Answer]) -> Metrics:
         """accuracy, parse_rate, and the accuracy of every modality and type that occurs."""
-        check_pairs(samples, texts, self.name)
         right: Counter[str] = Counter()
         total: Counter[str] = Counter()
         parsed = 0
-        for sample, text in zip(samples, texts, strict=True):
-            prediction = self.parse(text)
+        for sample, answer in paired(samples, answers, self.name):
+            prediction = self.parse(answer.text)
             parsed += prediction is not None
             for group in ["accuracy", *groups(sample)]:
                 total[group] += 1
@@ -74,12 +87,16 @@ class Avqa:
         scores = {group: right[group] / total[group] for group in total}
         return dict(sorted(scores.items())) | {"parse_rate": parsed / len(samples)}
 
-    def constants(self, train: Sequence[Sample]) -> list[str]:
+    def goodness(self, sample: Sample, answer: Answer) -> float:
+        """1 for the right word, 0 for any other and for an unreadable answer."""
+        return float(self.parse(answer.text) == read_label(sample))
+
+    def constants(self, train: Sequence[Sample]) -> list[Answer]:
         """Every distinct train answer."""
-        return distinct([format_answer(read_label(sample)) for sample in train])
+        return distinct(format_answer(read_label(sample)) for sample in train)
 
 
-def type_prior(train: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
+def type_prior(train: Sequence[Sample], test: Sequence[Sample]) -> list[Answer]:
     """For each test question the commonest train answer to its type: blind to the clip, but not to the question.
 
     A harder baseline than one constant, and the one that shows whether a model looks at the clip at all.
@@ -91,5 +108,6 @@ def type_prior(train: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
     if not by_type:
         raise ValueError("no train samples given; a prior needs at least one")
     return [
-        format_answer(by_type.get(tuple(groups(s)), by_type[()]).most_common(1)[0][0]) for s in test
+        Answer(text=format_answer(by_type.get(tuple(groups(s)), by_type[()]).most_common(1)[0][0]))
+        for s in test
     ]

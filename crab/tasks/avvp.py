@@ -31,7 +31,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from crab.samples import Sample
-from crab.tasks.base import Metrics, check_pairs, distinct, full_target, normalise
+from crab.tasks.base import (
+    Answer,
+    Metrics,
+    Needs,
+    distinct,
+    full_target,
+    normalise,
+    paired,
+    without_question,
+)
 from crab.tasks.spans import FULL, NUM_SECONDS, Span, grid, runs
 
 INSTRUCTION = (
@@ -61,6 +70,9 @@ class AvvpEvents:
     audio: Grids
 
 
+NOTHING = AvvpEvents(visual={}, audio={})
+
+
 def format_answer(
     visual: Iterable[tuple[str, int, int]], audio: Iterable[tuple[str, int, int]]
 ) -> str:
@@ -88,6 +100,12 @@ def read_label(sample: Sample) -> AvvpEvents:
 class Avvp:
     name: str = "avvp"
     headline: str = "segment_type_f"
+    perfect: float = 1.0
+    needs: Needs = "text"
+
+    def instruction(self, question: str | None) -> str:
+        without_question(self.name, question)
+        return INSTRUCTION
 
     def request(self, sample: Sample) -> str:
         return sample.instruction
@@ -103,19 +121,28 @@ class Avvp:
         visual, audio = _parse_list(match[1]), _parse_list(match[2])
         return None if visual is None or audio is None else AvvpEvents(visual=visual, audio=audio)
 
-    def score(self, samples: Sequence[Sample], texts: Sequence[str]) -> Metrics:
+    def score(self, samples: Sequence[Sample], answers: Iterable[Answer]) -> Metrics:
         """segment_ and event_ F for audio, visual, av, type and event, and parse_rate."""
-        check_pairs(samples, texts, self.name)
-        predictions = [self.parse(text) for text in texts]
-        nothing = AvvpEvents(visual={}, audio={})
         total: defaultdict[str, float] = defaultdict(float)
-        for sample, prediction in zip(samples, predictions, strict=True):
-            for metric, value in video_scores(prediction or nothing, read_label(sample)).items():
+        parsed = 0
+        for sample, answer in paired(samples, answers, self.name):
+            prediction = self.parse(answer.text)
+            parsed += prediction is not None
+            for metric, value in video_scores(prediction or NOTHING, read_label(sample)).items():
                 total[metric] += value
         scores = {metric: value / len(samples) for metric, value in total.items()}
-        return scores | {"parse_rate": sum(p is not None for p in predictions) / len(samples)}
+        return scores | {"parse_rate": parsed / len(samples)}
 
-    def constants(self, train: Sequence[Sample]) -> list[str]:
+    def goodness(self, sample: Sample, answer: Answer) -> float:
+        """`segment_type_f` of this clip; 0 for an unreadable answer."""
+        prediction = self.parse(answer.text)
+        return (
+            0.0
+            if prediction is None
+            else video_scores(prediction, read_label(sample))[self.headline]
+        )
+
+    def constants(self, train: Sequence[Sample]) -> list[Answer]:
         """Every distinct train answer, the empty one, and for each share of the train clips the answer that lists
         each class in just the seconds in which at least that share of the clips has it."""
         labels = [read_label(sample) for sample in train]

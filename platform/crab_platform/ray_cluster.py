@@ -30,17 +30,33 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        # The dashboard is not for looking at: Ray Train asks it whether its controller lives, and with it off
-        # placement groups of stopped trials leak.
-        ray.init(
-            address="local",  # without it a cluster that somebody made here with `ray start` would be joined
-            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start_here(num_cpus or max(2, os.cpu_count() or 2))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(num_cpus: int) -> None:
+    """A cluster of this machine alone.
+
+    Tried three times: Ray gives its agents 15 s to start, which is fixed in its code
+    (ray-project/ray#65983) and too little on a machine that is busy with other things.
+    """
+    for last in (False, False, True):
+        try:
+            # The dashboard is not for looking at: Ray Train asks it whether its controller lives, and with it off
+            # placement groups of stopped trials leak.
+            ray.init(
+                address="local",  # without it a cluster that somebody made here with `ray start` would be joined
+                num_cpus=num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray raises this one as a bare Exception
+            ray.shutdown()
+            if last or type(error) is not Exception:
+                raise

@@ -1,14 +1,29 @@
 """AV-Shapes on disk: real H.264 and AAC, the right second in the right place, restartable, the same bytes again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from crab.samples import read_samples
-from crab.synth import make_scene, render_frame, render_mono, synthesise, targets
+from crab.masks import read_class_map, read_mask
+from crab.samples import Sample, read_samples
+from crab.synth import (
+    CLASS_NUMBERS,
+    make_scene,
+    render_frame,
+    render_mono,
+    shape_mask,
+    synthesise,
+    targets,
+)
+from crab.tasks import TASKS, Answer, Masks
 
 SEED, CLIPS, SIZE = 11, 5, 96
 
@@ -24,6 +39,11 @@ def clips(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "clips").iterdir())}
 
 
+def maps(folder: Path) -> dict[str, bytes]:
+    files = sorted((folder / "masks").glob("**/*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
+
+
 def test_samples_name_clips_that_exist(folder: Path) -> None:
     samples = read_samples(folder / "samples.jsonl")
     assert len({sample.clip for sample in samples}) == CLIPS
@@ -33,6 +53,49 @@ def test_samples_name_clips_that_exist(folder: Path) -> None:
     assert record["seed"] == SEED
     assert len(record["vocabularies"]["classes"]) == 12
     assert len(clips(folder)) == CLIPS
+    masks = {mask.file for sample in samples for mask in sample.masks}
+    assert masks == {str(folder / name) for name in maps(folder)}
+    assert len(masks) == 10 * CLIPS
+
+
+def test_mask_files_hold_the_shapes_to_the_pixel(folder: Path) -> None:
+    scenes = {scene.clip: scene for scene in (make_scene(SEED, index) for index in range(CLIPS))}
+    for name, data in maps(folder).items():
+        assert len(data) < 1000, name
+    masked = [sample for sample in read_samples(folder / "samples.jsonl") if sample.masks]
+    assert {sample.task for sample in masked} >= {"s4", "avss", "ref-avs"}
+    for sample in masked:
+        scene = scenes[sample.clip]
+        for ref in sample.masks:
+            want = np.zeros((224, 224), dtype=np.uint8)
+            for actor in scene.actors:
+                if CLASS_NUMBERS[actor.name] in (ref.values or ()):
+                    shape = shape_mask(scene, actor, ref.frame)
+                    want[shape] = CLASS_NUMBERS[actor.name]
+            np.testing.assert_array_equal(read_class_map(ref), want)
+            np.testing.assert_array_equal(read_mask(ref), want > 0)
+
+
+def test_true_masks_score_as_high_as_can_be(folder: Path) -> None:
+    samples = read_samples(folder / "samples.jsonl")
+    for name in {sample.task for sample in samples if sample.masks}:
+        task = TASKS[name]
+        some = [sample for sample in samples if sample.task == name]
+        scores = task.score(some, [true_answer(sample) for sample in some])
+        best = scores["miou_attainable"] if name == "avss" else task.perfect
+        assert scores[task.headline] == pytest.approx(best)
+        assert scores["parse_rate"] == 1
+
+
+def true_answer(sample: Sample) -> Answer:
+    task = TASKS[sample.task]
+    frames = tuple(ref.frame for ref in sample.masks)
+    if task.needs == "classes":
+        masks = Masks(frames=frames, values=np.stack([read_class_map(ref) for ref in sample.masks]))
+    else:
+        truth = np.stack([read_mask(ref) for ref in sample.masks])
+        masks = Masks(frames=frames, values=truth.astype(np.float32))
+    return Answer(text=task.target(sample), masks=masks)
 
 
 def test_clips_hold_what_the_scene_says(folder: Path) -> None:
@@ -75,6 +138,7 @@ def test_the_sound_is_in_its_second(folder: Path) -> None:
 def test_another_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     synthesise(tmp_path, CLIPS, SEED, workers=1, size=SIZE)
     assert clips(tmp_path) == clips(folder)
+    assert maps(tmp_path) == maps(folder)
     assert (tmp_path / "samples.jsonl").read_bytes() == (folder / "samples.jsonl").read_bytes()
 
 
@@ -92,6 +156,42 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == stamp
     assert {name: after[name] for name in before} == before
     assert len(after) == 3
+
+
+def test_masks_that_are_missing_are_made_without_the_clip(tmp_path: Path) -> None:
+    synthesise(tmp_path, 1, SEED, workers=1, size=SIZE)
+    before = maps(tmp_path)
+    [clip] = (tmp_path / "clips").iterdir()
+    [kept] = (tmp_path / "masks").iterdir()
+    stamp = clip.stat().st_mtime_ns
+    half = tmp_path / "masks" / f".{kept.name}.999999999.tmp"
+    kept.rename(half)
+    (half / "9.png").unlink()
+    synthesise(tmp_path, 1, SEED, workers=1, size=SIZE)
+    assert maps(tmp_path) == before
+    assert clip.stat().st_mtime_ns == stamp
+    assert not half.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="leftovers are told by /proc")
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    code = f"from crab.synth import synthesise; synthesise({str(tmp_path)!r}, {CLIPS}, {SEED}, workers=1, size={SIZE})"
+    killed = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 120
+    # Once one clip is there, the next one is under way.
+    while not list((tmp_path / "clips").glob("shapes-*.mp4")):
+        assert killed.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline, "no clip after two minutes"
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "samples.jsonl").exists()
+    for path in (tmp_path / "masks").glob("shapes-*"):
+        assert len(list(path.iterdir())) == 10
+    synthesise(tmp_path, CLIPS, SEED, workers=1, size=SIZE)
+    assert clips(tmp_path) == clips(folder)
+    assert maps(tmp_path) == maps(folder)
+    assert not list(tmp_path.glob("*/.*"))
 
 
 def test_a_folder_of_other_settings_is_not_mixed(folder: Path) -> None:

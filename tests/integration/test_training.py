@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_training import Plan, Run, run, write_llm
+from support.tiny_training import Plan, Run, TinyRecipe, run, write_llm
 
 from crab_platform import checkpoint
 from crab_platform.checkpoint import IncompleteCheckpointError, completed_step
@@ -56,7 +56,7 @@ def from_checkpoints(unstopped: Run, tmp_path: Path) -> Callable[..., Plan]:
 
 def assert_same(again: Run, unstopped: Run) -> None:
     """Losses, gradient norms and every exported tensor have the same bits."""
-    names = ("loss", "gradient_norm", "tokens", "learning_rate")
+    names = ("loss", "gradient_norm", "tokens", "mask_frames", "mask_loss", "learning_rate")
     by_step = {metrics["step"]: metrics for metrics in unstopped.metrics}
     for metrics in again.metrics:
         expected = by_step[metrics["step"]]
@@ -71,6 +71,19 @@ def test_every_step_is_told_once(unstopped: Run) -> None:
     assert unstopped.steps == [1, 2, 3, 4, 5, 6]
     last = {k: v for k, v in unstopped.metrics[-1].items() if k != "seconds_per_step"}
     assert last.items() <= unstopped.result.metrics.items()
+
+
+def test_masks_are_learnt_beside_text(unstopped: Run) -> None:
+    frames = [metrics["mask_frames"] for metrics in unstopped.metrics]
+    assert min(frames) == 0  # a step without masks, and some in which only one rank has them
+    assert max(frames) > 0
+    assert all((m["mask_loss"] > 0) == (m["mask_frames"] > 0) for m in unstopped.metrics)
+    fresh = TinyRecipe(unstopped.plan).model.trainable_state_dict()
+    exported = unstopped.exported()
+    decoder = [name for name in fresh if name.startswith("mask_decoder.")]
+    still = [n for n in decoder if torch.equal(fresh[n], exported[f"trained.safetensors:{n}"])]
+    assert len(decoder) > 20
+    assert still == []
 
 
 def test_checkpoints_hold_what_is_trained_and_its_optimizer(unstopped: Run) -> None:

@@ -31,7 +31,8 @@ from crab.train import optimizer_step, parameter_groups
 def test_only_adapter_projectors_and_new_tokens_are_trained() -> None:
     model, _, collate = tiny_crab.model()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    groups = {"ilora_", "video_projector.", "audio_projector.", "new_embedding.", "new_head."}
+    parts = ("video_projector.", "audio_projector.", "mask_decoder.", "new_embedding.", "new_head.")
+    groups = {"ilora_", *parts}
     names = model.trainable_parameters()
     assert {g for g in groups for n in names if g in n} == groups
     assert all(any(g in n for g in groups) for n in names)

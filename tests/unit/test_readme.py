@@ -43,3 +43,14 @@ def test_files_named_exist() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_tour_in_the_help_names_what_exists() -> None:
+    tour = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    specs = re.findall(r"jobs/specs/\S+\.yaml", tour)
+    assert len(specs) >= 4
+    assert all((ROOT / spec).is_file() for spec in specs)
+    named = set(re.findall(r"crab ([a-z]+) ", tour))
+    assert {"synth", "run", "report", "import"} <= named
+    for command in named:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command

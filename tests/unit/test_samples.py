@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crab.samples import Sample, read_samples, write_samples
+from crab.samples import MaskRef, Sample, read_samples, write_samples
 
 
 def make(**changes: object) -> Sample:
@@ -20,6 +20,10 @@ def make(**changes: object) -> Sample:
         "label": {"event": "x", "start_s": 0, "end_s": 2},
     }
     return Sample.model_validate(row | changes)
+
+
+def with_masks(*masks: dict[str, object]) -> str:
+    return json.dumps(make(id="b").model_dump() | {"masks": masks})
 
 
 def test_written_samples_read_back_equal_and_in_order(tmp_path: Path) -> None:
@@ -43,7 +47,30 @@ def test_relative_paths_are_resolved_against_the_file_and_others_kept(tmp_path: 
 
 
 def test_a_url_base_joins_as_url() -> None:
-    assert make().resolve("s3://bucket/set/").video == "s3://bucket/set/clips/c.mp4"
+    sample = make(masks=[{"frame": 0, "file": "masks/0.png"}]).resolve("s3://bucket/set/")
+    assert sample.video == "s3://bucket/set/clips/c.mp4"
+    assert sample.masks[0].file == "s3://bucket/set/masks/0.png"
+
+
+def test_masks_are_kept_with_their_paths_resolved_and_are_no_media(tmp_path: Path) -> None:
+    masks = (
+        MaskRef(frame=0, file="masks/c/0.png"),
+        MaskRef(frame=4, file="masks/c/4.png", values=(3, 12)),
+        MaskRef(frame=9, file="/abs/9.png", values=()),
+        MaskRef(frame=1, file="s3://bucket/1.png"),
+    )
+    sample = make(masks=masks)
+    path = write_samples(tmp_path / "samples.jsonl", [sample])
+    assert read_samples(path, resolve=False) == [sample]
+    (read,) = read_samples(path)
+    assert [(mask.frame, mask.file, mask.values) for mask in read.masks] == [
+        (0, str(tmp_path / "masks/c/0.png"), None),
+        (4, str(tmp_path / "masks/c/4.png"), (3, 12)),
+        (9, "/abs/9.png", ()),
+        (1, "s3://bucket/1.png", None),
+    ]
+    assert read.media() == make().resolve(tmp_path).media()
+    assert make().masks == ()
 
 
 def test_samples_can_be_read_from_a_url(tmp_path: Path) -> None:
@@ -67,6 +94,11 @@ def test_audio_left_out_means_the_track_of_the_video() -> None:
         (make(id="b").model_dump_json().replace('"train"', '"training"'), "split"),
         (make(id="b").model_dump_json().replace('"clips/c.mp4"', "null"), "at least one of video"),
         (make(id="a").model_dump_json(), "was used in line 1"),
+        (with_masks({"frame": -1, "file": "0.png"}), "masks.0.frame"),
+        (with_masks({"frame": 0, "file": ""}), "masks.0.file"),
+        (with_masks({"frame": 0}), "masks.0.file"),
+        (with_masks({"frame": 0, "file": "0.png", "value": [1]}), "masks.0.value"),
+        (with_masks(*[{"frame": 2, "file": "0.png"}] * 2), "one a frame at most"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_file_and_number(

@@ -8,6 +8,8 @@ from jobs.presets import crab_model_config, encoder_configs
 from jobs.spec import (
     EvaluateSpec,
     PreprocessSpec,
+    ReportSpec,
+    SequenceSpec,
     SpecError,
     TrainSpec,
     load_spec,
@@ -37,7 +39,15 @@ def test_every_spec_shipped_is_valid(path: Path) -> None:
         ("optimization.steps=3", "did you mean 'optimisation'"),
         ("workers.zzz=1", "known here: checkpoint_every, count"),
         ("optimisation.steps=0", "greater than or equal to 1"),
-        ("job=tain", "expected one of preprocess, train"),
+        ("job=tain", "job: is 'tain'; expected one of synth, preprocess, train"),
+        ("job=", "job: is 'None'; expected one of synth"),
+        ("tasks=[ave, avqqa]", "tasks: 'avqqa' is no task; known are ave"),
+        ("tasks=[]", "at least 1 item"),
+        ("optimisation.sampling=evenly", "optimisation.sampling"),
+        ("optimisation.sampling={s4: 0}", "greater than 0"),
+        ("optimisation.sampling={s5: 1}", "weighs s5, which is not among tasks: ave"),
+        ("data.d.sample=3", "data.d.sample: unknown key; did you mean 'samples'"),
+        ("data.e.samples=3", "no e in the list; it holds d"),
         ("workers=3", "workers"),
         ("optimisation.steps", "expected a.b=value"),
         ("name=Not Allowed", "name"),
@@ -49,6 +59,34 @@ def test_what_is_wrong_is_said(tmp_path: Path, change: str, said: str) -> None:
     with pytest.raises(SpecError) as error:
         load_spec(path, [change])
     assert said in str(error.value)
+
+
+def test_a_step_of_a_sequence_is_changed_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    steps = [{"job": "report", "name": "r", "run": "e"}, TRAIN]
+    path.write_text(str({"job": "sequence", "name": "all", "steps": steps}).replace("'", '"'))
+    spec = load_spec(path, ["steps.a.optimisation.steps=7", "steps.0.examples=2"])
+    assert isinstance(spec, SequenceSpec)
+    report, train = spec.steps
+    assert isinstance(report, ReportSpec)
+    assert isinstance(train, TrainSpec)
+    assert (report.examples, train.optimisation.steps) == (2, 7)
+    for change, said in (
+        ("steps.a.optimisation.step=3", "steps.a.optimisation.step: unknown key; did you mean"),
+        ("steps.r.exampels=3", "steps.r.exampels: unknown key; did you mean 'examples'"),
+        ("steps.0.job=none", "steps.r.job: is 'none'; expected one of synth"),
+        ("steps.b.run=3", "no b in the list; it holds r, a"),
+        ("steps.5.run=3", "no 5 in the list"),
+    ):
+        with pytest.raises(SpecError) as error:
+            load_spec(path, [change])
+        assert said in str(error.value)
+
+
+def test_all_tasks_are_meant_where_none_are_named() -> None:
+    spec = parse_spec(TRAIN)
+    assert isinstance(spec, TrainSpec)
+    assert spec.tasks == ["ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avqa", "avcap"]
 
 
 def test_a_spec_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -82,6 +120,10 @@ def test_placement_is_not_identity() -> None:
 
     assert identity() == identity(name="b", runs="elsewhere", workers={"count": 4})
     assert identity() != identity(optimisation={"steps": 2, "batch_size": 4, "seed": 1})
+    assert identity() != identity(
+        optimisation={"steps": 2, "batch_size": 4, "sampling": "balanced"}
+    )
+    assert identity() != identity(tasks=["ave"])
     assert identity() != identity(model={"set": {"adapter": {"num_heads": 2}}})
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from crab.samples import Sample
 from crab.synth import CLASS_NAMES, make_scene, samples_of, transcript
-from crab.tasks import TASKS
+from crab.tasks import TASKS, Answer
 
 NUMBERS = ["zero", "one", "two", "three", "four"]
 SCENES = [make_scene(2, index) for index in range(270)]
@@ -86,21 +86,33 @@ def test_ave_and_avvp_labels_follow_from_the_transcript() -> None:
                 assert labelled == {name: times for name, times in truth.items() if times}
 
 
-def test_answers_read_back_as_the_label_and_score_one() -> None:
+@pytest.mark.parametrize("task", ["ave", "avvp", "arig", "avqa"])
+def test_answers_read_back_as_the_label_and_score_one(task: str) -> None:
+    judge = TASKS[task]
+    samples = [sample for sample, _ in SAMPLES if sample.task == task]
+    scores = judge.score(samples, [Answer(text=judge.target(sample)) for sample in samples])
+    assert scores[judge.headline] == judge.perfect
+
+
+def test_every_task_has_samples_and_every_target_parses() -> None:
+    assert {sample.task for sample, _ in SAMPLES} == set(TASKS)
     for sample, _ in SAMPLES:
         task = TASKS[sample.task]
-        assert task.score([sample], [task.target(sample)])[task.headline] == 1.0
+        assert task.parse(task.target(sample)) is not None, sample.id
 
 
 def test_reasoning_is_short_prose_without_tags() -> None:
+    longest = {"ms3": 110, "avss": 110, "ave": 45, "s4": 45}
     for sample, _ in SAMPLES:
-        assert 3 <= len(sample.reasoning.split()) <= 60
+        words = len(sample.reasoning.split())
+        assert words == 0 if sample.task == "avcap" else 3 <= words <= longest.get(sample.task, 32)
         assert "<" not in sample.reasoning
 
 
 def test_one_sentence_a_task_asks() -> None:
-    for task in ("ave", "avvp"):
+    for task in ("ave", "avvp", "s4", "ms3", "avss", "avcap"):
         assert len({sample.instruction for sample, _ in SAMPLES if sample.task == task}) == 1
+    assert len({re.sub(r"\d", "", s.instruction) for s, _ in SAMPLES if s.task == "arig"}) == 1
 
 
 def test_all_nine_types_are_asked_about_equally_and_differ_within_a_clip() -> None:
@@ -132,3 +144,10 @@ def test_the_number_of_questions_can_be_chosen(count: int) -> None:
     samples: list[Sample] = samples_of(SCENES[0], questions_per_clip=count)
     assert sum(sample.task == "avqa" for sample in samples) <= count
     assert len({sample.id for sample in samples}) == len(samples)
+
+
+def test_samples_are_few_and_the_same_each_time() -> None:
+    most = {"avqa": 4, "ref-avs": 2}
+    for (clip, task), count in Counter((s.clip, s.task) for s, _ in SAMPLES).items():
+        assert count <= most.get(task, 1), clip
+    assert samples_of(SCENES[3]) == samples_of(SCENES[3])

@@ -1,6 +1,7 @@
 """AVQA: exact match, by type, nothing leaves the denominator."""
 
 import pytest
+from support.answers import said
 
 from crab.samples import Sample
 from crab.tasks import TASKS
@@ -36,7 +37,7 @@ def test_accuracy_by_question_by_modality_and_by_type() -> None:
         sample("no", EXIST, 2),
         sample("left", PLACE, 3),
     ]
-    metrics = AVQA.score(samples, [format_answer(a) for a in ("two", "yes", "yes", "right")])
+    metrics = AVQA.score(samples, said(format_answer(a) for a in ("two", "yes", "yes", "right")))
     assert metrics == {
         "accuracy": 0.5,
         "audio": 1.0,
@@ -50,7 +51,7 @@ def test_accuracy_by_question_by_modality_and_by_type() -> None:
 
 def test_unreadable_and_unknown_answers_are_wrong_and_stay_in_the_mean() -> None:
     samples = [sample("two", COUNT, n) for n in range(4)]
-    metrics = AVQA.score(samples, ["two", format_answer("a dozen"), format_answer("two"), ""])
+    metrics = AVQA.score(samples, said(["two", format_answer("a dozen"), format_answer("two"), ""]))
     assert metrics["accuracy"] == 0.25
     assert metrics["audio_counting"] == 0.25
     assert metrics["parse_rate"] == 0.5
@@ -69,8 +70,8 @@ def test_a_word_in_the_reasoning_is_no_answer() -> None:
 
 def test_case_and_blanks_do_not_matter_but_words_do() -> None:
     samples = [sample("Red Circle", COUNT)]
-    assert AVQA.score(samples, ["<answer>red  circle</answer>"])["accuracy"] == 1.0
-    assert AVQA.score(samples, ["<answer>red circles</answer>"])["accuracy"] == 0.0
+    assert AVQA.score(samples, said(["<answer>red  circle</answer>"]))["accuracy"] == 1.0
+    assert AVQA.score(samples, said(["<answer>red circles</answer>"]))["accuracy"] == 0.0
 
 
 def test_the_prior_answers_by_type_with_the_commonest_train_answer() -> None:
@@ -78,10 +79,37 @@ def test_the_prior_answers_by_type_with_the_commonest_train_answer() -> None:
         sample(a, EXIST) for a in ("no", "no", "no", "yes")
     ]
     test = [sample("two", COUNT), sample("yes", EXIST), sample("left", PLACE)]
-    assert type_prior(train, test) == [format_answer(a) for a in ("two", "no", "no")]
+    assert type_prior(train, test) == said(format_answer(a) for a in ("two", "no", "no"))
 
 
 def test_a_label_without_answer_is_named() -> None:
     broken = sample("two", COUNT).model_copy(update={"label": {"question": "?"}})
     with pytest.raises(ValueError, match="'s0'"):
-        AVQA.score([broken], [""])
+        AVQA.score([broken], said([""]))
+
+
+def test_all_nine_types_of_the_data_set_are_told_apart() -> None:
+    kinds = [
+        *(["Audio", kind] for kind in ("Counting", "Comparative")),
+        *(["Visual", kind] for kind in ("Counting", "Location")),
+        *(
+            ["Audio-Visual", kind]
+            for kind in ("Existential", "Counting", "Location", "Comparative", "Temporal")
+        ),
+    ]
+    samples = [sample("yes", kind, number) for number, kind in enumerate(kinds)]
+    metrics = AVQA.score(samples, said([format_answer("yes")] * 4 + [format_answer("no")] * 5))
+    assert {name: metrics[name] for name in ("accuracy", "audio", "visual", "audio_visual")} == {
+        "accuracy": 4 / 9,
+        "audio": 1.0,
+        "visual": 1.0,
+        "audio_visual": 0.0,
+    }
+    assert len(metrics) == 9 + 3 + 1 + 1  # types, modalities, accuracy, parse_rate
+
+
+def test_a_loose_clip_needs_a_question() -> None:
+    assert AVQA.instruction("How many?") == "Answer this question: How many?"
+    for question in (None, "", " "):
+        with pytest.raises(ValueError, match="needs a question"):
+            AVQA.instruction(question)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.answers import said
 
 from crab.samples import Sample
 from crab.tasks import TASKS
@@ -27,7 +28,7 @@ def sample(visual: Events, audio: Events) -> Sample:
 
 
 def score(truth: tuple[Events, Events], prediction: tuple[Events, Events]) -> dict[str, float]:
-    return AVVP.score([sample(*truth)], [format_answer(*prediction)])
+    return AVVP.score([sample(*truth)], said([format_answer(*prediction)]))
 
 
 def test_the_answer_is_written_in_the_grammar_and_in_order_of_time() -> None:
@@ -90,10 +91,24 @@ def test_type_is_a_mean_of_three_and_event_pools_counts() -> None:
 
 def test_videos_are_averaged_and_unreadable_answers_are_empty() -> None:
     samples = [sample([("a", 0, 4)], [("a", 0, 4)])] * 2 + [sample(NOTHING, [("a", 0, 4)])]
-    metrics = AVVP.score(samples, [samples[0].answer, "I see a.", "none"])
+    metrics = AVVP.score(samples, said([samples[0].answer, "I see a.", "none"]))
     assert metrics["parse_rate"] == pytest.approx(1 / 3)
     assert metrics["segment_audio_f"] == pytest.approx(1 / 3)
     assert metrics["segment_visual_f"] == pytest.approx((1 + 0 + 1) / 3)
+
+
+def test_goodness_is_the_segment_score_of_the_clip_and_none_for_an_unreadable_answer() -> None:
+    truth = sample([("a", 0, 4)], NOTHING)
+    texts = [truth.answer, format_answer([("a", 0, 2)], NOTHING), format_answer([], []), "I see a."]
+    assert [AVVP.goodness(truth, answer) for answer in said(texts)] == pytest.approx(
+        [1.0, (4 / 6 + 2) / 3, 2 / 3, 0.0]
+    )
+
+
+def test_a_label_without_times_is_named() -> None:
+    weak = sample(NOTHING, NOTHING).model_copy(update={"label": {"weak": ["a"]}})
+    with pytest.raises(ValueError, match=r"sample 's'.*weak"):
+        AVVP.score([weak], said([""]))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ class _Line(nn.Module):
         self.weight = nn.Parameter(torch.tensor([2.0]))
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, batch: dict, normalizer: float) -> dict:
+    def forward(self, batch: dict, normalizer: float, mask_normalizer: float) -> dict:
         per_sample = (self.dropout(batch["x"]) * self.weight).sum(1)
         return {"loss": per_sample.sum() / normalizer, "sample_loss": per_sample}
 

@@ -1,0 +1,63 @@
+"""A spec's file as plain values, with the changes that --set asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.spec_errors import SpecError
+
+
+def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file after `changes` ("a.b=value" each; the value is read as YAML). Raises SpecError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        known = sorted(str(p) for p in (Path(__file__).parent / "specs").glob("*.yaml"))
+        raise SpecError(
+            f"cannot read the spec {path}: {error}. The ones shipped: {known}"
+        ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SpecError(
+            f"{path}: expected a mapping with `job:` and `name:`, got {type(values).__name__}"
+        )
+    for change in changes:
+        _apply(values, change)
+    return values
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise SpecError(
+            f"--set {change!r}: expected a.b=value, for example --set optimisation.steps=100"
+        )
+    *parents, last = path.split(".")
+    below: Any = values
+    for name in parents:
+        below = _inside(below, name, change)
+    if not isinstance(below, dict):
+        raise SpecError(f"--set {change!r}: {parents[-1]} is {below!r}, not a mapping")
+    below[last] = yaml.safe_load(text)
+
+
+def _inside(values: Any, name: str, change: str) -> Any:
+    """The value under `name`; in a list, the item at that place or of that name (steps.train-nine.optimisation)."""
+    if isinstance(values, dict):
+        return values.setdefault(name, {})
+    if not isinstance(values, list):
+        raise SpecError(f"--set {change!r}: there is no {name} in {values!r}, it is not a mapping")
+    names = [item.get("name") if isinstance(item, dict) else None for item in values]
+    if name in names:
+        return values[names.index(name)]
+    if name.isdigit() and int(name) < len(values):
+        return values[int(name)]
+    known = ", ".join(str(known) for known in names if known)
+    raise SpecError(f"--set {change!r}: no {name} in the list; it holds {known or len(values)}")
