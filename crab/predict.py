@@ -39,7 +39,7 @@ def predict(
     collator: Collator,
     examples: Sequence[Example],
     *,
-    max_new_tokens: int = 160,
+    max_new_tokens: int = 400,
     batch_size: int = 16,
 ) -> list[Prediction]:
     """Greedy answers in the order of `examples`; reads neither `answer` nor `reasoning` nor `masks` of a sample.

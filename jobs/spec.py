@@ -285,7 +285,7 @@ class PretrainSpec(Job):
     """The first so many of them go through both encoders; about 1 MB each on the disk."""
     vision_steps: int = Field(default=2000, ge=1)
     audio_steps: int = Field(default=600, ge=1)
-    llm_steps: int = Field(default=5000, ge=1)
+    llm_steps: int = Field(default=4000, ge=1)
     projector_steps: int = Field(default=1000, ge=1)
     mask_steps: int = Field(default=300, ge=1)
     joint_steps: int = Field(default=700, ge=1)

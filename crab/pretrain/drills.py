@@ -15,7 +15,7 @@ from crab.synth.words import listing, times
 def drills(scene: Scene, dice: Dice, count: int, *, first: bool = False) -> list[Sample]:
     """`count` drills about random objects and seconds, each asking for one thing. `first`: places alone, the easiest:
     from them the LLM learns to find an object's slots, on which all others build."""
-    kinds = (_place,) if first else (_times, _times, _second, _box, _place)
+    kinds = (_place,) if first else (_times, _times, _second, _box, _box, _place)
     return [dice.pick(kinds)(scene, dice) for _ in range(count)]
 
 

@@ -1,8 +1,9 @@
 """The LLM learns the tasks' language from symbols, a whole network from random weights.
 
-Two small losses stand beside the text's. The hidden state that predicts a mask token must name the classes of its mask:
-the mask decoder will look for them there. And halfway up, each slot must know what it named a second before: beginnings
-and ends are read off that. Drills (drills.py) stand among the tasks' samples because most of their tokens are evidence.
+Three small losses stand beside the text's. The hidden state that predicts a mask token must name the classes of its
+mask: the mask decoder will look for them there. Halfway up, each slot must know what it named a second before:
+beginnings and ends are read off that. And there, some heads must look where the next token is written (pointing.py).
+Drills (drills.py) stand among the tasks' samples because most of their tokens are evidence.
 
 Legend: R rows, L tokens, G mask tokens, C classes, W width of the LLM.
 """
@@ -24,10 +25,12 @@ from crab.model.tokens import DRAWN_TOKENS, add_new_tokens
 from crab.pretrain.drills import drills
 from crab.pretrain.fit import OnStep, fit, split_matrices
 from crab.pretrain.packing import pack
+from crab.pretrain.pointing import Pointers, pointers, pointing_loss
 from crab.pretrain.symbols import (
     AUDIO_SLOTS,
+    LIKE_ITS_WORD,
     PLACE,
-    PLACE_STD,
+    TIME_STD,
     VIDEO_SLOTS,
     WORDS,
     SymbolReader,
@@ -47,15 +50,18 @@ QUESTIONS = 9
 TASK_WEIGHTS = {"avqa": 3.0}
 """How often a task is drawn, beside 1 for the others."""
 
-DRILLS = 2
-"""Drills about a scene beside a sample of it."""
+SAMPLES, DRILLS, DRILLS_ALONE = 2, 2, 5
+"""Of a scene in a step: samples of the tasks and drills beside them, or drills alone."""
 
 
 INNER_STD = 0.07
 """About one over the root of the width: rows keep the size of what they read."""
 
-PLACES, ALONE = 0.15, 0.45
-"""Up to this share of the steps the LLM sees drills about places alone, and drills alone; twice as many of them."""
+PLACES, ALONE = 0.02, 0.25
+"""Up to this share of the steps the LLM sees drills about places alone, and drills alone."""
+
+RECALL, POINTING = 0.1, 0.2
+"""Weights of the two losses that guide attention."""
 
 
 def symbol_model(
@@ -84,8 +90,13 @@ def symbol_model(
     model = CrabModel(llm, config, table)
     llm.requires_grad_(True)
     assert model.time_embedding is not None
+    digits = tokenizer([str(second) for second in range(NUM_SECONDS)], add_special_tokens=False)
+    first = torch.tensor([ids[0] for ids in digits["input_ids"]])
     with torch.no_grad():
-        model.time_embedding.weight.mul_(PLACE_STD)
+        model.time_embedding.weight.mul_(TIME_STD)
+        model.time_embedding.weight[:NUM_SECONDS] += LIKE_ITS_WORD * llm.get_input_embeddings()(
+            first
+        )
     model.video_projector = SymbolReader(llm, tokenizer, VIDEO_SLOTS, PLACE, seed)  # type: ignore[assignment]  # same call
     model.audio_projector = SymbolReader(llm, tokenizer, AUDIO_SLOTS, 0, seed)  # type: ignore[assignment]
     return model, Collator(config, tokenizer, table)
@@ -119,24 +130,33 @@ def train_llm(
     before = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(WORDS)))
     dice = Dice(seed, 3)
 
-    def batches() -> Iterator[tuple[Batch, list[Sample]]]:
+    pieces = [str(collate.tokenizer.decode([token])) for token in range(len(collate.tokenizer))]
+
+    def batches() -> Iterator[tuple[Batch, list[Sample], Pointers]]:
         for step in itertools.count():
-            rows = []
+            rows: list[tuple[Scene, list[Sample]]] = []
             for scene in dice.sample(pool, batch):
                 if step < ALONE * steps:
-                    samples = drills(scene, dice, 2 * DRILLS, first=step < PLACES * steps)
+                    samples = drills(scene, dice, DRILLS_ALONE, first=step < PLACES * steps)
                 else:
-                    samples = drawn(samples_of(scene, QUESTIONS), dice, 1)
+                    samples = drawn(samples_of(scene, QUESTIONS), dice, SAMPLES)
                     samples += drills(scene, dice, DRILLS)
-                rows.append(symbolic_examples(scene, samples))
-            yield pack(collate, rows), [example.sample for row in rows for example in row]
+                rows.append((scene, samples))
+            packed = pack(collate, [symbolic_examples(*row) for row in rows])
+            yield (
+                packed,
+                [s for _, samples in rows for s in samples],
+                pointers(packed, rows, pieces),
+            )
 
-    def loss(inputs: tuple[Batch, list[Sample]]) -> tuple[Tensor, dict[str, float]]:
-        packed, samples = inputs
+    def loss(inputs: tuple[Batch, list[Sample], Pointers]) -> tuple[Tensor, dict[str, float]]:
+        packed, samples, told = inputs
         with torch.autocast("cpu", torch.bfloat16):
             answers = Answers.of(model, packed)
             named = names(answers.at_mask_tokens(model.drawn_ids)).float()
-            recalled = [before(answers.halfway[where]).float() for where in slots_of(model, packed)]
+            slots = slots_of(model, packed)
+            recalled = [before(answers.halfway[where]).float() for where in slots]
+            pointing = pointing_loss(llm, answers.halfway, packed, slots[0] | slots[1], told)
         by_task = answers.loss_by_task([sample.task for sample in samples])
         value = answers.loss.mean()
         if len(named):
@@ -146,8 +166,8 @@ def train_llm(
         streams = (packed["video"], packed["audio"])
         recalls = [recall_loss(*pair) for pair in zip(recalled, streams, strict=True)]
         recall = torch.stack(recalls).sum()
-        value = value + 0.1 * recall
-        return value, by_task | {"recall": recall.item()}
+        value = value + RECALL * recall + POINTING * pointing
+        return value, by_task | {"recall": recall.item(), "pointing": pointing.item()}
 
     matrices, others = split_matrices(model)
     fit(

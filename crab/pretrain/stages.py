@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -123,6 +124,8 @@ class Pretraining:
 
     def language(self, out: Path, on_step: OnStep) -> None:
         tokenizer = train_tokenizer(texts(self.pool[:3000]))
+        # One token a class, so that a name can be looked up in the slots as it stands.
+        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS[1:]])
         llm = tiny_llama(len(tokenizer), seed=self.sizes.seed)
         model = train_llm(
             llm,

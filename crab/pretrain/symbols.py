@@ -15,17 +15,17 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from crab.synth.boxes import tight_box
 from crab.synth.scene import CLASS_NAMES, COLOURS, COLUMNS, NUM_ROWS, Scene, on
-from crab.tasks.arig import SIZE, Box
+from crab.tasks.arig import Box
 
 VIDEO_SLOTS = len(COLUMNS) * NUM_ROWS
 AUDIO_SLOTS = len(COLOURS)
 
 WORDS = (" nothing", *(f" {name}" for name in CLASS_NAMES))
 
-KNOTS = 15
-"""A coordinate is written between two of these marks, 16 pixels apart: near enough to read its digits off."""
+DIGITS = (3, 10, 10)
+"""A coordinate is told as its hundreds, tens and ones: what is to be written can be copied."""
 
-PLACE = VIDEO_SLOTS + 4 * KNOTS
+PLACE = VIDEO_SLOTS + 4 * sum(DIGITS)
 """Numbers beside a video slot's word: its cell, then left, top, right and bottom edge."""
 
 
@@ -57,19 +57,23 @@ def audio_symbols(scene: Scene) -> np.ndarray:
 
 
 def _place(cell: int, box: Box) -> np.ndarray:
-    """The cell as one-hot, then each edge as weights of the two marks that it lies between."""
+    """The cell as one-hot, then the three digits of each edge as one-hots."""
     place = np.zeros(PLACE, dtype=np.float32)
     place[cell] = 1
-    step = SIZE / (KNOTS - 1)
-    for edge, pixel in enumerate(box):
-        below = min(int(pixel / step), KNOTS - 2)
-        part = pixel / step - below
-        start = VIDEO_SLOTS + edge * KNOTS + below
-        place[start : start + 2] = 1 - part, part
+    start = VIDEO_SLOTS
+    for pixel in box:
+        for digit, kinds in zip((pixel // 100, pixel // 10 % 10, pixel % 10), DIGITS, strict=True):
+            place[start + digit] = 1
+            start += kinds
     return place
 
 
-OWN_STD, PLACE_STD = 0.1, 0.05
+OWN_STD, CELL_STD, DIGIT_STD, TIME_STD = 0.1, 0.1, 0.03, 0.05
+"""First sizes of what a slot's vector is the sum of: a class (beside its word), its cell, twelve digits, its second."""
+
+LIKE_ITS_WORD = 2.0
+"""How much of a word's embedding is in what says the same in a slot, a class or a second: heads that compare what they
+read should see at once which slots the words of a text are about."""
 
 
 class SymbolReader(nn.Module):
@@ -99,7 +103,9 @@ class SymbolReader(nn.Module):
         width = llm.config.hidden_size
         start = torch.randn(len(WORDS) + num_places, width, generator=self._generator)
         own, place = start.split([len(WORDS), num_places])
-        self.own, self.place = nn.Parameter(own * OWN_STD), nn.Parameter(place * PLACE_STD)
+        place[:VIDEO_SLOTS] *= CELL_STD
+        place[VIDEO_SLOTS:] *= DIGIT_STD
+        self.own, self.place = nn.Parameter(own * OWN_STD), nn.Parameter(place)
 
     def forward(self, symbols: Tensor, mask: Tensor | None = None) -> Tensor:
         names, places = symbols.float().split(
@@ -118,5 +124,4 @@ class SymbolReader(nn.Module):
         a head that looks at all slots, and lists of classes were not learnt in a thousand steps.
         """
         mean = (self._embedding[0](self._ids) * self._share.unsqueeze(-1)).sum(1)
-        # Twice: attention should see at once which slots the words of a text are about.
-        return 2 * mean + self.own
+        return LIKE_ITS_WORD * mean + self.own

@@ -47,8 +47,8 @@ class Plan:
     """Ranks x micro batches. Dropout depends on where the global batch is cut, so runs compare at equal parts."""
     dropout: float = 0.0
     seed: int = 12
-    """With it one rank has masks in the first micro batch of all and the other has none, where ZeRO-3 is most easily led
-    astray: weights that stay for good are not gathered yet."""
+    """With it one rank has masks in the first micro batch of all and the other has none, where ZeRO-3 is most easily
+    led astray: weights that stay for good are not gathered yet."""
     kill_at: int | None = None
     """The last rank kills itself in the middle of this step (0-based), once."""
     hold_at: int | None = None

@@ -19,7 +19,7 @@ from crab.pretrain.language import (
     symbolic_examples,
 )
 from crab.pretrain.packing import pack
-from crab.pretrain.symbols import KNOTS, VIDEO_SLOTS, WORDS, audio_symbols, video_symbols
+from crab.pretrain.symbols import DIGITS, VIDEO_SLOTS, WORDS, audio_symbols, video_symbols
 from crab.pretrain.vision import CELLS, box_of, patches
 from crab.synth.boxes import tight_box
 from crab.synth.evidence import transcript
@@ -68,10 +68,14 @@ def test_symbols_say_what_the_transcript_says(scene) -> None:  # type: ignore[no
     for actor in scene.seen:
         second = next(s for s in range(10) if on(actor.visible, s))
         slot = video[second, actor.column * NUM_ROWS + actor.row]
-        marks = slot[len(WORDS) + VIDEO_SLOTS :].reshape(4, KNOTS)
-        assert np.allclose(marks.sum(1), 1)
-        edges = marks @ np.linspace(0, 224, KNOTS)
-        assert np.allclose(edges, tight_box(scene, actor, second), atol=1e-3)
+        edges = np.split(slot[len(WORDS) + VIDEO_SLOTS :], 4)
+        for edge, pixel in zip(edges, tight_box(scene, actor, second), strict=True):
+            digits = np.split(edge, np.cumsum(DIGITS)[:-1])
+            assert all(digit.sum() == 1 for digit in digits)
+            assert (
+                sum(10**place * d.argmax() for place, d in zip((2, 1, 0), digits, strict=True))
+                == pixel
+            )
 
 
 def test_patches_agree_with_the_masks() -> None:
