@@ -5,13 +5,14 @@ object, index maps in which a pixel is a class number (`labels_semantic`), and t
 Pixels are picked, never blended, when the size changes: a blend of two class numbers is a third class.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from crab.samples import MaskRef
 
@@ -75,11 +76,13 @@ def resize(pixels: NDArray[Any], size: int) -> NDArray[Any]:
 
 def _read(ref: MaskRef) -> NDArray[Any]:
     """[H, W] or [H, W, 3]. A palette image gives its indices, an alpha channel is left out."""
+    with fsspec.open(ref.file, "rb") as file:
+        data = file.read()
     try:
-        with fsspec.open(ref.file, "rb") as file, Image.open(file) as image:
+        with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"mask file {ref.file} is not an image") from error
+    except (OSError, SyntaxError) as error:  # Pillow says the latter of a broken chunk in a PNG
+        raise ValueError(f"mask file {ref.file} cannot be read as an image: {error}") from error
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels

@@ -30,7 +30,7 @@ from crab.datasets.report import Found, Origin, Report
 from crab.samples import Sample
 from crab.tasks import TASKS
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Raise it when the same files may give other samples."""
 
 

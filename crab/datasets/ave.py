@@ -52,6 +52,8 @@ def read(folder: Folder, report: Report) -> Iterator[Found]:
             yield origin, _sample(event, split, ids, folder, path.parent / "AVE")
         except ValueError as error:
             report.set_aside(origin, str(error))
+    if report.limit is None and (unread := len(splits.keys() - seen.keys())):
+        report.note(f"{unread} events of the split files stand not in {path.name}: not imported")
 
 
 def _event(row: dict[str, str]) -> _Event:

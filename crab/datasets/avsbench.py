@@ -54,7 +54,8 @@ CLASSES = tuple(
     " piano pig pipa saw saxophone sheep sitar sorna squirrel tabla tank tiger tractor train trombone truck trumpet"
     " tuba ukulele utv vacuum-cleaner violin wolf woman".split()
 )
-"""The 71 classes by number, as in the official label2idx.json."""
+"""The 71 classes by their number in the masks, where the background is 0. The official label2idx.json has the same
+order, but counts from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +149,22 @@ def samples_of(
 
 
 def read_classes(folder: Folder) -> Sequence[str]:
-    """Names by class number: of `label2idx.json` where it is there. ValueError unless background is 0 of 71."""
+    """Names by class number: of `label2idx.json` where it is there.
+
+    The official one counts from 1, and the masks from 0 (Crab's example of a mower has 45, its number there is 46), so
+    the order is what counts. ValueError unless it numbers 71 classes without gaps, background first.
+    """
     path = folder.annotation("label2idx.json")
     if path is None:
         return CLASSES
     numbers = json.loads(path.read_text(encoding="utf-8-sig"))
     names = sorted(numbers, key=lambda name: int(numbers[name]))
-    if [int(numbers[name]) for name in names] != list(range(len(CLASSES))):
-        raise ValueError(f"{path}: expected {len(CLASSES)} classes numbered from 0, the background")
+    found = [int(numbers[name]) for name in names]
+    count = len(CLASSES)
+    if found not in (list(range(count)), list(range(1, count + 1))) or names[0] != CLASSES[0]:
+        raise ValueError(
+            f"{path}: expected {count} classes numbered from 0 or from 1, {CLASSES[0]} first"
+        )
     return names
 
 

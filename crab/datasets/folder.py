@@ -17,6 +17,9 @@ _ANNOTATIONS = (".txt", ".csv", ".json")
 _NAMED = (*VIDEO_ENDINGS, ".mp3", ".wav", ".m4a", *_ANNOTATIONS)
 "Kinds of file whose own name tells them apart; frames are `0.jpg` in every folder and are found by their folder."
 
+_MAC_SHADOW = "__MACOSX"
+"Zip archives made on a Mac hold a second tree of this name, with the same folders and no content."
+
 
 class Folder:
     """FileNotFoundError for a folder that is not there. Links to folders are followed, once each."""
@@ -35,7 +38,9 @@ class Folder:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(
+                name for name in folders if not name.startswith(".") and name != _MAC_SHADOW
+            )
             self._files[path] = frozenset(files)
             self._folders[os.path.basename(path)].append(path)
             for name in files:

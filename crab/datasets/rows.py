@@ -9,6 +9,7 @@ streaming parser and, unlike ijson 3.6, knows the line on which an entry begins,
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ Row = tuple[Origin, dict[str, Any]]
 
 
 def field(row: dict[str, Any], name: str) -> str:
-    """The text of a field; ValueError where it is not there or blank."""
+    """The text of a field; ValueError where it is not there or blank, or NaN, which pandas writes for blank cells."""
     value = row.get(name)
     if (
         not isinstance(value, str | int | float)
         or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
         or not str(value).strip()
     ):
         raise ValueError(f"{name} is {value!r}, expected text")
@@ -46,8 +48,8 @@ def whole(row: dict[str, Any], name: str) -> int:
     try:
         number = float(text)
     except ValueError:
-        number = 0.5
-    if number != int(number):
+        number = math.nan
+    if not number.is_integer():
         raise ValueError(f"{name} is {text!r}, expected a whole number")
     return int(number)
 

@@ -15,6 +15,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from crab.model.tokens import MEDIA_TOKENS
+from crab.tasks import TASKS
+from crab.tasks.base import full_target
 
 if TYPE_CHECKING:
     from crab.model.config import PromptConfig
@@ -49,9 +51,12 @@ def user_text(sample: Sample, media: Collection[str]) -> str:
 
 
 def target_text(sample: Sample, config: PromptConfig) -> str:
-    """What the model must write: reasoning (where wanted and present), then the tagged answer."""
-    parts = [sample.reasoning if config.include_reasoning else "", sample.answer]
-    return " ".join(part.strip() for part in parts if part.strip())
+    """What the model must write: what the task says (reasoning, if it has any, and tagged answer), or the answer
+    alone where reasoning is not wanted."""
+    if not config.include_reasoning:
+        return sample.answer.strip()
+    task = TASKS.get(sample.task)
+    return full_target(sample) if task is None else task.target(sample)
 
 
 def prompt_text(text: str, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> str:

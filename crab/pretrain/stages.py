@@ -226,10 +226,10 @@ class Pretraining:
             crab,
             Collator(crab.config, tokenizer, crab.table),
             found.examples,
-            {1e-3: others},
+            {5e-4: others},
             {
-                3e-3: [p for p in matrices if id(p) in in_llm],
-                1e-3: [p for p in matrices if id(p) not in in_llm],
+                1e-3: [p for p in matrices if id(p) in in_llm],
+                5e-4: [p for p in matrices if id(p) not in in_llm],
             },
             steps=self.sizes.joint_steps,
             batch=self.sizes.batch_size,

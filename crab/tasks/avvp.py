@@ -18,7 +18,7 @@ the mean over all videos. For each of audio A, visual V and AV (= A and V in the
 prediction), by class, TP, FP and FN are counted
 - `segment_*`: over the ten seconds;
 - `event_*`: over unbroken runs; a predicted run is TP if its IoU with any true run is >= 0.5 and FP otherwise, a true
-  run that no predicted run meets so is FN (so matches are not one to one).
+  run that no predicted run meets so is FN. (Runs of a class do not touch, so at 0.5 none can meet two.)
 F = 2 TP / (2 TP + FP + FN) of a class is averaged over the classes that occur in the label or the prediction; where
 none does, F = 1. `*_type_f` is the mean of A, V and AV; `*_event_f` is F of the counts of A and V added up by class
 first. Unreadable answers are empty predictions; a name that is no class counts as a class that was predicted in vain.
@@ -201,7 +201,7 @@ def segment_counts(prediction: int, truth: int) -> Counts:
 
 @lru_cache(maxsize=1 << 16)
 def event_counts(prediction: int, truth: int) -> Counts:
-    """TP, FP, FN of unbroken runs; runs meet at IoU >= 0.5, and one run may meet several."""
+    """TP, FP, FN of unbroken runs; runs meet at IoU >= 0.5."""
     predicted, true = (
         [grid([run]) for run in runs(prediction)],
         [grid([run]) for run in runs(truth)],

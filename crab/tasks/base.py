@@ -86,7 +86,7 @@ class Task(Protocol):
 
 def full_target(sample: Sample) -> str:
     """Reasoning and answer joined by one blank; the answer alone where there is no reasoning."""
-    return f"{sample.reasoning} {sample.answer}".strip()
+    return " ".join(part.strip() for part in (sample.reasoning, sample.answer) if part.strip())
 
 
 def normalise(name: str) -> str:

@@ -101,10 +101,11 @@ def f_by_threshold(probability: Probability, truth: Mask) -> NDArray[np.float64]
     return (1 + BETA_SQUARED) * inside / (BETA_SQUARED * inside[0] + inside + outside)
 
 
-def empty_score(prediction: Mask) -> float:
+def empty_score(predicted: Mask | Sequence[float]) -> float:
     """S of null expressions, less is better: root of the share of predicted pixels, of all frames of a clip at once
-    (`metric_s_for_null` in `utils/metric/utility.py` of GeWu-Lab/Ref-AVS)."""
-    return float(np.sqrt(np.count_nonzero(prediction) / prediction.size))
+    (`metric_s_for_null` in `utils/metric/utility.py` of GeWu-Lab/Ref-AVS). `predicted`: each pixel, or the share of
+    each frame."""
+    return float(np.sqrt(np.mean(predicted)))
 
 
 class MaskScores:

@@ -7,7 +7,10 @@ split. Null: the expression means nothing in this clip, and all masks must be em
 Score (`utils/metric/utility.py` of GeWu-Lab/Ref-AVS), by subset:
 - `seen_j`, `unseen_j`: mean IoU of the pixels with p > 0.4. (The official utility has 0.4; Crab's release has 0.5.)
 - `seen_f`, `unseen_f`: F as in mask_metrics.py.
-- `null_s`: root of the share of pixels with p > 0.5 in all frames of a clip, mean over clips. Less is better.
+- `null_s`: root of the share of pixels with p > 0.5 in all frames of a clip, mean over expressions. Less is better.
+  Where each frame is a sample, as the importer makes them of the official pictures, the frames of one clip and
+  expression are put together first: a mean of their roots would be lower. (The official script takes the root over a
+  batch of four expressions.)
 - `j`: mean IoU of seen and unseen together. In a set of null expressions alone it is the IoU of their background, so
   that there always is a headline; a set with others does not count them, because an answer that is always empty would
   have them all right.
@@ -15,6 +18,7 @@ Metrics of a subset that is not there are left out. The official script judges a
 blending is a little too large; here masks are judged at 224 x 224 with picked pixels, as in the other tasks.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -81,16 +85,18 @@ class RefAvs:
         ValueError where no sample has a true mask.
         """
         subsets = {subset: MaskScores(J_THRESHOLD) for subset in get_args(Subset)}
-        null_s: list[float] = []
+        null_shares: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        "(clip, expression) -> share of each of its frames that is predicted; all of it where the text is unreadable"
         parsed = 0
         for sample, answer in paired(samples, answers, self.name):
-            parsed += self.parse(answer.text) is not None
-            subset = read_label(sample).subset
-            pairs = mask_pairs(sample, answer)
-            for probability, truth in pairs:
-                subsets[subset].add(probability, truth)
-            if subset == "null" and pairs:
-                null_s.append(empty_score(np.stack([p for p, _ in pairs]) > S_THRESHOLD))
+            readable = self.parse(answer.text) is not None
+            parsed += readable
+            label = read_label(sample)
+            for probability, truth in mask_pairs(sample, answer):
+                subsets[label.subset].add(probability, truth)
+                if label.subset == "null":
+                    share = float(np.mean(probability > S_THRESHOLD)) if readable else 1.0
+                    null_shares[sample.clip, label.expression].append(share)
         referred = [subsets["seen"], subsets["unseen"]]
         judged = [scores for scores in referred if scores.num_frames] or [subsets["null"]]
         num_frames = sum(scores.num_frames for scores in judged)
@@ -99,8 +105,9 @@ class RefAvs:
         metrics = {"j": sum(scores.total_iou for scores in judged) / num_frames}
         metrics |= subsets["seen"].metrics("seen_j", "seen_f")
         metrics |= subsets["unseen"].metrics("unseen_j", "unseen_f")
-        if null_s:
-            metrics["null_s"] = sum(null_s) / len(null_s)
+        if null_shares:
+            scores = [empty_score(shares) for shares in null_shares.values()]
+            metrics["null_s"] = sum(scores) / len(scores)
         return metrics | {"parse_rate": parsed / len(samples)}
 
     def goodness(self, sample: Sample, answer: Answer) -> float:
@@ -109,6 +116,8 @@ class RefAvs:
         if not pairs:
             return 1.0
         if read_label(sample).subset == "null":
+            if self.parse(answer.text) is None:
+                return 0.0
             return 1 - empty_score(np.stack([p for p, _ in pairs]) > S_THRESHOLD)
         return sum(mask_iou(p > J_THRESHOLD, truth) for p, truth in pairs) / len(pairs)
 

@@ -56,6 +56,19 @@ def test_official_splits(tmp_path: Path) -> None:
         (5, "in none of the split files")
     ]
     assert report.rows == {"Annotations.txt": 4}
+    assert not report.notes
+
+
+def test_events_of_the_split_files_alone_are_told(tmp_path: Path) -> None:
+    write_text(tmp_path / "Annotations.txt", LINES[0])
+    for name in ("trainSet.txt", "valSet.txt", "testSet.txt"):
+        write_text(tmp_path / name, *LINES)
+    samples, problems, report = read_source("ave", tmp_path)
+    assert len(samples) == 1
+    assert not problems
+    assert report.notes == [
+        "2 events of the split files stand not in Annotations.txt: not imported"
+    ]
 
 
 @pytest.mark.parametrize(

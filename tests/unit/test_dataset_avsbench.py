@@ -1,5 +1,6 @@
 """AVSBench: which frames have labels, names and boxes by masks, colours, other data sets' files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,20 @@ def test_a_broken_mask_is_told_and_the_other_frames_are_kept(tmp_path: Path) -> 
     assert "class 200" in str(problems[-1]["reason"])
 
 
+def test_a_png_that_breaks_in_a_later_chunk_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ("a", "dog", "train", "v1s"))
+    path = tmp_path / "v1s/a/labels_semantic/0.png"
+    path.parent.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 70, (448, 448), np.uint8)
+    Image.fromarray(noise).save(path)
+    head, first, rest = path.read_bytes().split(b"IDAT", 2)
+    path.write_bytes(head + b"IDAT" + first + b"!!!!" + rest)
+    samples, problems, _ = read_source("avsbench", tmp_path)
+    assert not samples
+    assert {problem["kind"] for problem in problems} == {"problem"}
+    assert "cannot be read" in str(problems[0]["reason"])
+
+
 def test_ref_avs_is_told_apart(tmp_path: Path) -> None:
     write_csv(tmp_path / "metadata.csv", ["vid", "uid", "split", "fid", "exp"], [])
     with pytest.raises(ValueError, match="import it as ref-avs"):
@@ -142,6 +157,27 @@ def test_rows_that_do_not_fit(tmp_path: Path, row: tuple[str, str, str, str]) ->
     samples, problems, _ = read_source("avsbench", tmp_path)
     assert not samples
     assert problems[0]["line"] == 2
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_official_class_list_counts_from_1_and_masks_from_0(tmp_path: Path, first: int) -> None:
+    write(tmp_path, ("c", "dog", "train", "v1m"))
+    write_map(tmp_path / "v1m/c/labels_semantic/0.png", [(DOG, 0, 0, 200, 200)])
+    numbers = {name: number for number, name in enumerate(CLASSES, start=first)}
+    (tmp_path / "label2idx.json").write_text(json.dumps(numbers))
+    samples, problems, _ = read_source("avsbench", tmp_path)
+    assert not problems
+    by_id = {sample.id: sample for sample in samples}
+    assert " dog <mask_start>" in by_id["avsbench/ms3/v1m/c/0"].answer
+    assert by_id["avsbench/avss/v1m/c/0"].label["names"] == {str(DOG): "dog"}
+
+
+def test_a_class_list_with_another_background_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    names = [*CLASSES[1:], CLASSES[0]]
+    (tmp_path / "label2idx.json").write_text(json.dumps({n: i for i, n in enumerate(names)}))
+    with pytest.raises(ValueError, match="background first"):
+        read_source("avsbench", tmp_path)
 
 
 def test_a_wrong_class_list_is_refused(tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_folders_by_the_end_of_their_path(tmp_path: Path) -> None:
     assert folder.folder("v1m/u1", tmp_path / "v1m/u1") == str(tmp_path / "v1m/u1")
 
 
+def test_the_second_tree_of_archives_from_a_mac_is_passed_over(tmp_path: Path) -> None:
+    folder = touch(tmp_path, "__MACOSX/media/v/._audio.wav", "media/v/audio.wav")
+    place = folder.folder("media/v", tmp_path / "data/media/v")
+    assert place == str(tmp_path / "media/v")
+
+
 def test_a_link_to_a_parent_ends(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     os.symlink(tmp_path, tmp_path / "data" / "loop")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.official_sets import read_source, write_csv
 
 from crab.datasets.llp import CLASSES
@@ -98,8 +99,26 @@ def test_half_of_the_exact_files_is_not_used(tmp_path: Path) -> None:
     assert any("need both" in note for note in report.notes)
 
 
-def test_a_clip_in_no_split_file_goes_to_test_and_is_told(tmp_path: Path) -> None:
+def test_a_clip_of_no_official_split_is_left_out(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        audio=[("P7x4FV4lg_570_580", 0, 3, "Dog"), ("a_0_10", 0, 3, "Dog")],
+        visual=[("P7x4FV4lg_570_580", 0, 10, "Dog")],
+        test=[("a_0_10", "Dog")],
+    )
+    (sample,), problems, report = read_source("llp", tmp_path)
+    assert (sample.clip, sample.split) == ("a_0_10", "test")
+    assert [(p["file"], p["line"], p["kind"]) for p in problems] == [
+        ("data/AVVP_eval_visual.csv", 2, "left_out")
+    ]
+    assert "no official split" in str(problems[0]["reason"])
+    assert not any("went to test" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["AVVP_val_pd.csv", "AVVP_test_pd.csv"])
+def test_without_a_list_a_clip_in_none_goes_to_test_and_is_told(tmp_path: Path, name: str) -> None:
     write(tmp_path, audio=[("a_0_10", 0, 3, "Dog")], visual=[])
+    (tmp_path / "data" / name).unlink()
     (sample,), _, report = read_source("llp", tmp_path)
     assert sample.split == "test"
     assert any("went to test" in note for note in report.notes)

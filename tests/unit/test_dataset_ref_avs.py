@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from support.official_sets import read_source, write_csv, write_map
 
 from crab.masks import MASK_SIZE, read_mask
@@ -51,6 +53,20 @@ def test_frames_in_which_the_object_is_not_seen(tmp_path: Path) -> None:
     answers = [TASKS["ref-avs"].parse(sample.answer) for sample in samples]
     assert [bool(answer) for answer in answers] == [frame in (2, 3, 7) for frame in range(10)]
     assert [read_mask(s.masks[0], MASK_SIZE).any() for s in samples] == [bool(a) for a in answers]
+
+
+def test_a_broken_mask_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ("v_0_10000_cat_1", "val", 0, "The cat"), ("w_0_10000_cat_1", "val", 0, "It"))
+    path = tmp_path / "gt_mask/v_0_10000/fid_0/00003.png"
+    path.parent.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 70, (448, 448), np.uint8)
+    Image.fromarray(noise).save(path)
+    head, first, rest = path.read_bytes().split(b"IDAT", 2)
+    path.write_bytes(head + b"IDAT" + first + b"!!!!" + rest)
+    samples, problems, _ = read_source("ref-avs", tmp_path)
+    assert {sample.clip for sample in samples} == {"w_0_10000"}
+    assert [problem["line"] for problem in problems] == [2]
+    assert "00003.png cannot be read" in str(problems[0]["reason"])
 
 
 def test_a_video_makes_one_sample_of_all_ten_masks(tmp_path: Path) -> None:

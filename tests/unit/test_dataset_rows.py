@@ -96,7 +96,13 @@ def test_whole_numbers(value: object, expected: int) -> None:
     assert rows.whole({"n": value}, "n") == expected
 
 
-@pytest.mark.parametrize("value", ["3.5", "x", "", None, True])
+@pytest.mark.parametrize("value", ["3.5", "x", "", None, True, "inf", "nan", float("inf")])
 def test_what_is_no_whole_number(value: object) -> None:
     with pytest.raises(ValueError, match="n is"):
         rows.whole({"n": value}, "n")
+
+
+def test_nan_is_no_text(tmp_path: Path) -> None:
+    ((_, row),), _ = json_of(tmp_path / "x.json", '[{"a_obj": NaN, "uid": "a"}]')
+    with pytest.raises(ValueError, match="a_obj is nan"):
+        rows.field(row, "a_obj")

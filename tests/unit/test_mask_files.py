@@ -145,7 +145,21 @@ def test_a_url_is_read_as_a_path_is(tmp_path: Path) -> None:
 def test_errors_name_the_file(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png is not an image"):
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
         read_mask(MaskRef(frame=0, file=str(broken)))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         read_class_map(MaskRef(frame=0, file=str(tmp_path / "gone.png")))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_damaged_png_is_told_by_name(tmp_path: Path, cut: bool) -> None:
+    ref = save(tmp_path, Image.fromarray(np.arange(10_000, dtype=np.uint8).reshape(100, 100)))
+    data = bytearray(Path(ref.file).read_bytes())
+    if cut:
+        del data[len(data) // 2 :]
+    else:  # a chunk whose kind is no letters, in place of the pixels
+        at = data.index(b"IDAT")
+        data[at : at + 4] = b"\x00\x01\x02\x03"
+    Path(ref.file).write_bytes(data)
+    with pytest.raises(ValueError, match=r"mask\.png cannot be read as an image"):
+        read_mask(ref)

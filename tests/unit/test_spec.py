@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from crab.tasks import TASKS
 from jobs.presets import crab_model_config, encoder_configs
 from jobs.spec import (
     EvaluateSpec,
@@ -86,7 +87,7 @@ def test_a_step_of_a_sequence_is_changed_and_named(tmp_path: Path) -> None:
 def test_all_tasks_are_meant_where_none_are_named() -> None:
     spec = parse_spec(TRAIN)
     assert isinstance(spec, TrainSpec)
-    assert spec.tasks == ["ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avqa", "avcap"]
+    assert spec.tasks == list(TASKS)
 
 
 def test_a_spec_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:

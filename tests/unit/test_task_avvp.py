@@ -65,6 +65,16 @@ def test_spans_that_touch_are_one_event() -> None:
     assert score(truth, ([("a", 0, 4), ("a", 4, 8)], NOTHING))["event_visual_f"] == 1.0
 
 
+def test_events_of_one_class_that_overlap_are_united_and_others_are_not() -> None:
+    whole: tuple[Events, Events] = ([("a", 0, 8), ("b", 2, 5)], NOTHING)
+    twice = ([("a", 0, 6), ("b", 2, 5), ("a", 4, 8), ("a", 1, 3)], NOTHING)
+    assert set(score(whole, twice).values()) == {1.0}
+    assert set(score(twice, whole).values()) == {1.0}
+    # Not rewritten by `format_answer`: a model may well say it so.
+    text = "<visual_event> a,(0 6)(4 8) ; b,(2 5) ; a,(1 3) </visual_event> <audio_event> none </audio_event>"
+    assert AVVP.parse(text) == AVVP.parse(format_answer(*whole))
+
+
 def test_an_absent_stream_counts_one_only_if_nothing_is_predicted() -> None:
     truth = ([("a", 0, 4)], NOTHING)
     assert score(truth, ([("a", 0, 4)], NOTHING))["segment_audio_f"] == 1.0

@@ -82,12 +82,28 @@ def test_s_is_the_root_for_each_clip_and_then_the_mean(tmp_path: Path) -> None:
     assert REF.score(samples, [said([LEFT, EMPTY]), Answer(text=NOTHING)])["null_s"] == 0.25
 
 
-def test_unreadable_answers_are_empty_masks_with_full_denominators(tmp_path: Path) -> None:
+def test_frames_that_are_samples_are_put_together_for_s(tmp_path: Path) -> None:
+    # The official pictures: frames of one clip and expression, a sample each. Here another expression stands between.
+    frames = [sample(tmp_path, "null", EMPTY, number=n) for n in range(5)]
+    clips = [frame.model_copy(update={"clip": "c"}) for frame in frames]
+    other = {"expression": "the dog that sounds", "subset": "null"}
+    clips[2] = clips[2].model_copy(update={"label": other})
+    answers = [said([FULL]), *[Answer(text=NOTHING)] * 4]
+    # One frame of four, and nothing for the other expression. The mean of the frames' roots would be 1/5.
+    assert REF.score(clips, answers)["null_s"] == pytest.approx((0.5 + 0) / 2)
+    assert REF.score(clips[::-1], answers[::-1])["null_s"] == pytest.approx(0.25)
+    # The same words about another clip are another expression.
+    clips[4] = frames[4]
+    assert REF.score(clips, answers)["null_s"] == pytest.approx((1 / 3) ** 0.5 / 3)
+
+
+def test_unreadable_answers_are_wrong_with_full_denominators(tmp_path: Path) -> None:
     samples = [sample(tmp_path, "seen", LEFT, number=n) for n in range(3)]
     samples.append(sample(tmp_path, "null", EMPTY, number=3))
     metrics = REF.score(samples, [said([LEFT]), Answer(text=""), Answer(text="x"), Answer(text="")])
     assert metrics["j"] == pytest.approx(1 / 3)
-    assert metrics["null_s"] == 0.0
+    # No mask is right for a null expression, no answer is not.
+    assert metrics["null_s"] == 1.0
     assert metrics["parse_rate"] == 0.25
 
 
@@ -99,6 +115,7 @@ def test_goodness(tmp_path: Path) -> None:
     assert REF.goodness(seen, said([LEFT, FULL])) == 0.75
     assert REF.goodness(null, said([LEFT, EMPTY])) == 0.5
     assert REF.goodness(null, Answer(text=NOTHING)) == 1.0
+    assert REF.goodness(null, Answer(text="")) == 0.0
     assert REF.goodness(seen, Answer(text=NOTHING)) == 0.0
     assert REF.goodness(sample(tmp_path, "seen", number=2), said([LEFT])) == 1.0
 

@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from PIL import Image
 
 from crab.evaluate import constant_baseline, score
 from crab.masks import MASK_SIZE
+from crab.model.prompt import user_text
 from crab.samples import MaskRef, Sample
+from crab.synth import make_scene
+from crab.synth import samples_of as shapes_of
 from crab.tasks import TASKS, Answer, Masks
 from crab.tasks.mask_answer import MaskItem, format_mask_answer
 
@@ -258,6 +262,31 @@ def test_there_are_as_many_answers_as_samples_and_all_of_the_task(row: Row, tmp_
         task.score([samples[0].model_copy(update={"task": "other"})], right[:1])
     with pytest.raises(ValueError, match="at least one"):
         task.score([], [])
+
+
+@every_task
+def test_every_split_is_asked_the_same(row: Row, tmp_path: Path) -> None:
+    # Crab's release asks otherwise in test than in training: MS3 for the third second alone, Ref-AVS in other words.
+    (one, _) = samples_of(row, tmp_path)
+    splits = [one.model_copy(update={"split": split}) for split in ("train", "val", "test")]
+    task = TASKS[row.task]
+    assert {task.request(sample) for sample in splits} == {one.instruction}
+    assert len({user_text(sample, ["video", "audio"]) for sample in splits}) == 1
+
+
+def test_shapes_are_asked_about_as_a_loose_clip_is() -> None:
+    asked: defaultdict[str, set[str]] = defaultdict(set)
+    for index in range(60):
+        for sample in shapes_of(make_scene(3, index)):
+            own = {
+                "arig": str(sample.label.get("second")),
+                "ref-avs": sample.label.get("expression"),
+                "avqa": sample.label.get("question"),
+            }
+            task = TASKS[sample.task]
+            assert task.request(sample) == task.instruction(own.get(sample.task)), sample.id
+            asked[sample.split].add(sample.task)
+    assert asked["train"] == asked["test"] >= {"ms3", "ref-avs"}
 
 
 @every_task
