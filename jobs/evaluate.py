@@ -72,6 +72,8 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             for sample_id, said in ask(how, items):
                 predictions.add(sample_id, said)
                 bar(len(predictions), len(items))
+        if len(predictions) != len(items):
+            raise RuntimeError(f"{len(items)} samples were asked, {len(predictions)} answered")
         predictions.write()
         scores = score(asked, predictions)
         constants = {task: constant_baseline(task, train, asked) for task in scores}

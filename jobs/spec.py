@@ -287,8 +287,8 @@ class PretrainSpec(Job):
     audio_steps: int = Field(default=600, ge=1)
     llm_steps: int = Field(default=4000, ge=1)
     projector_steps: int = Field(default=1000, ge=1)
-    mask_steps: int = Field(default=300, ge=1)
-    joint_steps: int = Field(default=300, ge=1)
+    mask_steps: int = Field(default=600, ge=1)
+    joint_steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=14, ge=1)
     """Scenes of a step where the LLM learns; the other stages have their own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ def each(
     )
     waiting = iter(items)
     running: dict[Any, Any] = {}
-    for item, _ in zip(waiting, range(workers), strict=False):
+    for item in itertools.islice(waiting, workers):
         actor = worker.remote(make)
         running[actor.run.remote(item)] = actor
     while running:
