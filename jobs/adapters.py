@@ -57,7 +57,7 @@ def language_model_of(folder: Path) -> str:
     if llm_digest(llm) != lineage["base_model"]:
         raise ValueError(
             f"adapter {folder} was trained on a language model with digest {lineage['base_model'][:12]}; {llm} has "
-            f"{llm_digest(llm)[:12]}. Train again, or bring the old one back"
+            f"{llm_digest(llm)[:12]}. Train again (crab run, with the spec of the train job), or bring the old one back"
         )
     return llm
 

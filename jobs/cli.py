@@ -75,7 +75,8 @@ def import_(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for samples.jsonl.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, help="End after so many samples, to try it.")
+        int | None,
+        typer.Option(min=1, help="Read so many rows of each annotation file, to try it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -90,13 +91,15 @@ def import_(
 
     try:
         result = import_dataset(source, folder, out, limit)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         _fail(str(error), 2)
     rows = result["table"]
     if rows:
         table(f"{source}: {result['out']}", list(rows[0]), [list(row.values()) for row in rows])
     for note in result["notes"]:
         line(note)
+    if result["replaced"]:
+        line(f"replaced the samples that an import of the same folder had left in {out}")
     if result["problems"] or result["left_out"] or result["duplicates"]:
         line(
             f"{result['problems']} rows do not fit, {result['left_out']} give no sample, {result['duplicates']} say "

@@ -31,6 +31,7 @@ _AVQA = "avqa"
 def run(spec: EvaluateSpec) -> dict[str, Any]:
     """Answers, scores, and returns result.json of the run. A run that is complete is not done again."""
     adapter = find_adapter(spec.adapter, spec.runs)
+    language_model_of(adapter)  # a wrong one is told here in one line, before there are workers
     manifest = open_manifest(spec.features, spec.runs)
     datasets = [load_dataset(source, spec.features.tasks) for source in spec.data]
     found = usable(datasets, manifest, spec.tasks, spec.split)
@@ -48,9 +49,6 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     if finished is not None and finished.get("identity") == identity:
         line(f"{spec.name}: evaluated already, nothing to do. Remove {spec.folder} to do it again")
         return finished
-    language_model_of(
-        adapter
-    )  # here, where a wrong one is told in one line, before there are workers
     (spec.folder / RESULT).unlink(missing_ok=True)
     how = Asking(
         adapter=adapter,
