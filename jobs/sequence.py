@@ -30,7 +30,7 @@ def run(spec: SequenceSpec) -> dict[str, Any]:
             raise type(error)(f"{which}: {error}") from error
         except ValueError as error:
             raise SpecError(f"{which}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # raised again, with its place
             error.add_note(f"This was {which} of {spec.name!r}.")
             raise
         rows.append((step.name, step.job, round(time.monotonic() - started, 1)))

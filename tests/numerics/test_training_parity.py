@@ -21,7 +21,7 @@ from crab_platform.ray_cluster import connected
 
 pytestmark = pytest.mark.ray
 
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
 BFLOAT16_TOLERANCE = 0.04
 
 
