@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jobs import cli_cache
+
 app = typer.Typer(
     name="crab",
     no_args_is_help=True,
@@ -39,6 +41,8 @@ app = typer.Typer(
     Exit codes: 0 done, 1 the work failed, 2 wrong input, 3 cannot reach something, 130 stopped by Ctrl-C.
     """,
 )
+
+app.add_typer(cli_cache.app)
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output.")
@@ -106,6 +110,58 @@ def import_(
             f"nothing new: {out / 'problems.jsonl'} has each of them"
         )
     _finish(result, as_json, f"wrote {result['samples']} samples of {result['rows']} rows")
+
+
+@app.command()
+def plan(
+    spec: Annotated[Path, typer.Argument(help="A YAML file; those shipped are in jobs/specs/.")],
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Also in money: name of a profile in k8s/profiles, or its file."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the spec, as in run."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Name so many of the clips that are no hits.")
+    ] = 10,
+    hashed: Annotated[
+        bool,
+        typer.Option(
+            "--hash", help="Read and hash files that the cache does not know, to be sure of them."
+        ),
+    ] = False,
+    clips_to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write every clip with its fate to a new file, a line of JSON each.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a job would do and cost, before it runs. Touches nothing.
+
+    For every clip and stream: a hit, a miss or set aside. Of each miss why: which part of the key differs, and from
+    which earlier run. Then bytes to read and write, CPU, GPU and wall time from what earlier runs measured, money, and
+    whether the cache pays at all. What was never measured is called unknown.
+
+      crab plan jobs/specs/preprocess-shapes.yaml --profile laptop
+
+      crab plan jobs/specs/preprocess-shapes.yaml --set encoders.store_as=float32
+    """
+    from jobs.plan import plan_spec
+    from jobs.spec import load_spec
+
+    result = plan_spec(
+        load_spec(spec, changes or []),
+        profile=profile,
+        hashed=hashed,
+        limit=limit,
+        clips_to=clips_to,
+    )
+    _finish(result, as_json)
 
 
 @app.command()
@@ -237,7 +293,7 @@ def _quieten() -> None:
 def main() -> None:
     """Entry point: turns known errors into one message and an exit code."""
     _quieten()
-    from crab_platform.storage import StoreUnreachable
+    from crab_platform.storage import StoreError, StoreUnreachable
     from jobs.run import JobFailed
 
     try:
@@ -254,7 +310,7 @@ def main() -> None:
         _fail("stopped; start the same command again to continue", 130)
     except StoreUnreachable as error:
         _fail(str(error), 3)
-    except JobFailed as error:
+    except (JobFailed, StoreError) as error:
         _fail(str(error), 1)
     except ValueError as error:  # also SpecError: what the user gave is wrong
         _fail(str(error), 2)

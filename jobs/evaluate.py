@@ -14,8 +14,10 @@ from crab.samples import Sample
 from crab.tasks import Metrics, avqa
 from crab_platform import tracking
 from crab_platform.identity import digest
+from crab_platform.usage import Usage
 from jobs.adapters import adapter_digest, find_adapter, language_model_of
 from jobs.answers import Asking, ask
+from jobs.caches import held, record_usage
 from jobs.data import Dataset, load_dataset, samples_digest
 from jobs.features import Usable, open_manifest, usable
 from jobs.output import RESULT, console, line, progress, read_result, write_result
@@ -62,10 +64,13 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     wanted = {sample.id for sample in asked}
     items = [item for item in found.items if item.sample.id in wanted]
     predictions = Predictions(spec.folder, asked)
-    with tracking.start_run(
-        spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
-    ) as run_:
-        run_.dataset(spec.name, manifest.digest, f"{spec.features.cache}/{manifest.path}")
+    with (
+        tracking.start_run(
+            spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+        ) as run_,
+        held(spec.features.cache, manifest, spec.name),
+    ):
+        run_.dataset(spec.name, manifest.digest, f"{spec.features.cache.url}/{manifest.path}")
         with progress("answers", len(items)) as bar:
             for sample_id, said in ask(how, items):
                 predictions.add(sample_id, said)
@@ -96,6 +101,18 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             "mlflow_run": run_.run_id,
         }
         write_result(spec.folder, result)
+        record_usage(
+            spec.features.cache,
+            Usage(
+                kind="evaluate",
+                job=spec.name,
+                run=run_.run_id,
+                experiment=spec.tracking.experiment,
+                team=spec.features.cache.team,
+                manifest=manifest.digest,
+                adapter=adapter_digest(adapter),
+            ),
+        )
         run_.metrics(_flat(scores, constants))
         run_.file(spec.folder / RESULT)
         run_.file(spec.folder / PREDICTIONS)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from crab.model.collate import Example
 from crab.samples import Sample
-from crab_platform.cache import FeatureCache
-from crab_platform.catalog import Manifest, ManifestReader, read_manifest
+from crab_platform.catalog import Manifest, read_manifest
+from crab_platform.manifest_reader import ManifestReader
 from crab_platform.packs import Array
 from crab_platform.storage import open_store
+from jobs.caches import open_cache
 from jobs.data import Dataset, MediaRef
 from jobs.output import finished_jobs, read_result
 from jobs.spec import Features, SpecError
@@ -45,10 +46,10 @@ def open_manifest(features: Features, runs: str) -> Manifest:
             )
         digest = str(result["manifest"])
     try:
-        return read_manifest(open_store(features.cache), digest)
+        return read_manifest(open_store(features.cache.url), digest)
     except FileNotFoundError as error:
         raise SpecError(
-            f"features: the cache {features.cache} has no manifest {digest}; was it made in another cache?"
+            f"features: the cache {features.cache.url} has no manifest {digest}; was it made in another cache?"
         ) from error
 
 
@@ -128,7 +129,7 @@ class FeatureReader:
     """Reads the features of samples through the manifest; keeps only the layers that the model reads."""
 
     def __init__(self, features: Features, manifest: Manifest, layers: LayersOf) -> None:
-        self._reader = ManifestReader(FeatureCache(open_store(features.cache)), manifest)
+        self._reader = ManifestReader(open_cache(features.cache), manifest)
         self._layers = layers
 
     def examples(self, items: Sequence[Item]) -> list[Example]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
 
 from crab.encoders import AudioEncoder, Encoder, EncoderConfig, VisionEncoder, load_encoder
 from crab.media import DecodePool, DecodeRequest, Failure, decode_record
 from crab.sampling import AudioSampling, VideoSampling, music_avqa_audio
-from crab_platform import ray_cluster, tracking
+from crab_platform import tracking
 from crab_platform.catalog import Manifest
+from crab_platform.commits import Writer
+from crab_platform.packs import tolerance_of
 from crab_platform.pipeline import Summary, preprocess
+from crab_platform.usage import Usage
 from crab_platform.work import (
     Array,
     DecodeTask,
@@ -22,6 +25,7 @@ from crab_platform.work import (
     Undecoded,
     Work,
 )
+from jobs.caches import open_cache, record_usage, whoami
 from jobs.data import load_dataset, merge_sources
 from jobs.output import RESULT, console, line, progress, table, write_result
 from jobs.presets import encoder_configs
@@ -37,9 +41,10 @@ def run(spec: PreprocessSpec) -> dict[str, object]:
         tracking.start_run(
             spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
         ) as run,
-        ray_cluster.connected(),
         progress("clips", len(sources)) as bar,
     ):
+        writer = Writer(run=run.run_id, experiment=spec.tracking.experiment, team=spec.cache.team)
+        work = replace(work, open_cache=partial(open_cache, spec.cache, writer))
         manifest, summary = preprocess(work, sources, bar)
         return _record(spec, run, manifest, summary)
 
@@ -66,13 +71,22 @@ def build_work(spec: PreprocessSpec) -> Work:
             sampling=sampling.record(),
             encoder=encoder.record(),
             dtype=spec.encoders.store_as,
+            codec=spec.encoders.codec,
+            device="cuda" if spec.pipeline.encode_gpus else "cpu",
+            tolerance=tolerance_of(spec.encoders.store_as, config.dtype),
             request=sampling,
             make_encoder=partial(_make_encoder, config),
         )
         for name, sampling, encoder, config in ways
     }
     return Work(
-        cache_url=spec.cache,
+        name=spec.name,
+        by=whoami(),
+        open_cache=partial(open_cache, spec.cache),
+        keep_decoded_bytes=int(spec.decoded_windows.max_clip_mb * 1e6)
+        if spec.decoded_windows
+        else 0,
+        keep_s=spec.cache.keep_days * 86400,
         streams=streams,
         decode=decode_record(),
         make_decoder=partial(_make_decoder, spec.decode, spec.pipeline.decode_processes),
@@ -128,7 +142,7 @@ def _record(
     result = {
         "job": spec.job,
         "name": spec.name,
-        "cache": spec.cache,
+        "cache": spec.cache.url,
         "sampling": spec.sampling.model_dump(mode="json"),
         "mlflow_run": run.run_id,
         **asdict(summary),
@@ -144,8 +158,31 @@ def _record(
             **{f"seconds/{name.replace(' ', '_')}": s for name, s in summary.seconds.items()},
         }
     )
-    run.dataset(spec.name, manifest.digest, f"{spec.cache}/{manifest.path}")
+    run.dataset(spec.name, manifest.digest, f"{spec.cache.url}/{manifest.path}")
     write_result(spec.folder, result)
+    uses = summary.by_encoder
+    record_usage(
+        spec.cache,
+        Usage(
+            kind="preprocess",
+            job=spec.name,
+            run=run.run_id,
+            experiment=spec.tracking.experiment,
+            team=spec.cache.team,
+            manifest=manifest.digest,
+            hits={name: use.hits for name, use in uses.items() if use.hits},
+            encoded={name: use.encoded for name, use in uses.items() if use.encoded},
+            saved_decode_s=sum(use.saved_decode_s for use in uses.values()),
+            saved_encode_s=sum(use.saved_encode_s for use in uses.values()),
+            device="cuda" if spec.pipeline.encode_gpus else "cpu",
+            spent_decode_s=sum(use.spent_decode_s for use in uses.values()),
+            spent_encode_s=sum(use.spent_encode_s for use in uses.values()),
+            feature_bytes_written=summary.feature_bytes_written,
+            layers=sorted(
+                {row.entry.layer for row in manifest.ready() if row.entry and row.entry.layer}
+            ),
+        ),
+    )
     run.file(spec.folder / RESULT)
     _show(spec, manifest, summary)
     return result
@@ -161,7 +198,7 @@ def _show(spec: PreprocessSpec, manifest: Manifest, summary: Summary) -> None:
         ("written", f"{summary.feature_bytes_written / 1e6:.1f} MB of features"),
         *((f"{name} time", f"{seconds:.1f} s") for name, seconds in summary.seconds.items()),
     ]
-    table(f"{spec.name}: features in {spec.cache}", ("what", "how much"), rows)
+    table(f"{spec.name}: features in {spec.cache.url}", ("what", "how much"), rows)
     line(f"manifest: {manifest.digest}")
     if manifest.set_aside():
         table(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from crab_platform.cache import PublishTooSlow
+from crab_platform.holding import FeaturesGone
+from crab_platform.leases import LeaseLost
 from crab_platform.storage import StoreUnreachable
 from jobs.spec import Spec
 
@@ -23,6 +26,8 @@ def run_spec(spec: Spec) -> dict[str, Any]:
     module = importlib.import_module(f"jobs.{spec.job}")
     try:
         result: dict[str, Any] = module.run(spec)
+    except (FeaturesGone, LeaseLost, PublishTooSlow) as error:
+        raise JobFailed(str(error)) from error
     except Exception as error:  # only Ray's own are reworded, all others go on as they are
         if not type(error).__module__.startswith("ray."):
             raise

@@ -7,7 +7,6 @@ A `sequence` holds whole specs of other jobs as its steps.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -27,22 +24,13 @@ from crab.encoders import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
 from crab.tasks import TASKS
 from crab_platform.identity import digest
+from jobs.spec_base import Place as Place
+from jobs.spec_base import Record as Record
+from jobs.spec_base import absolute_sqlite
+from jobs.spec_cache import CachePlace, DecodedWindows
 from jobs.spec_errors import SpecError as SpecError
 from jobs.spec_errors import explain
 from jobs.spec_yaml import read_yaml
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-def _absolute_sqlite(uri: str) -> str:
-    prefix = "sqlite:///"
-    return prefix + _absolute(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
 
 
 def _known_tasks(names: list[str]) -> list[str]:
@@ -52,8 +40,6 @@ def _known_tasks(names: list[str]) -> list[str]:
     return names
 
 
-Place = Annotated[str, AfterValidator(_absolute)]
-"""A path or URL. Made absolute when the spec is read: workers stand in other folders."""
 Tasks = Annotated[
     list[str],
     AfterValidator(_known_tasks),
@@ -87,7 +73,7 @@ class Sampling(Record):
     segment_ms: int = Field(default=1000, ge=1)
     stride_ms: int = Field(default=1000, ge=1)
     offset_ms: int = 0
-    tasks: dict[str, Literal["music-avqa"]] = {}
+    tasks: dict[str, Literal["music-avqa"]] = Field(default_factory=dict)
     """Tasks that are sampled in another way: `avqa: music-avqa` takes 2 s windows over 60 s of audio."""
 
     def video(self, size: int) -> VideoSampling:
@@ -109,7 +95,10 @@ class Encoders(Record):
     video: EncoderConfig | None = None
     audio: EncoderConfig | None = None
     """Given in full, they replace those of the preset. `paper` has no weights of its own: name both paths."""
-    store_as: Literal["float16", "bfloat16", "float32"] = "float16"
+    store_as: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Type of stored features. `int8` has one scale for every token."""
+    codec: Literal["raw", "blosc2-shuffle-zstd1"] = "raw"
+    """Lossless compression of stored features: for a store that is slow or dear, by `make bench-dtypes`."""
 
 
 class Decode(Record):
@@ -135,7 +124,7 @@ class Pipeline(Record):
 
 
 class Tracking(Record):
-    uri: Annotated[str, AfterValidator(_absolute_sqlite)] = Field(
+    uri: Annotated[str, AfterValidator(absolute_sqlite)] = Field(
         default="sqlite:///work/mlflow.db", validate_default=True
     )
     experiment: str = "crab"
@@ -167,8 +156,10 @@ class PreprocessSpec(Job):
 
     job: Literal["preprocess"]
     data: list[DataSource] = Field(min_length=1)
-    cache: Place
-    """A folder or s3://bucket/prefix. Credentials and endpoint come from AWS_* environment variables."""
+    cache: CachePlace
+    """A folder or s3://bucket/prefix, or more about it: whom to trust, what to read through, a local tier."""
+    decoded_windows: DecodedWindows | None = None
+    """Keep what was decoded as well, so that another encoder need not decode again."""
     sampling: Sampling = Sampling()
     encoders: Encoders = Encoders()
     decode: Decode = Decode()
@@ -178,10 +169,10 @@ class PreprocessSpec(Job):
 class Features(Record):
     """Cached features to read: which cache, and exactly which manifest of it."""
 
-    cache: Place
+    cache: CachePlace
     manifest: str
     """A manifest's digest, or the name of a preprocess job whose last manifest is meant."""
-    tasks: dict[str, Literal["music-avqa"]] = {}
+    tasks: dict[str, Literal["music-avqa"]] = Field(default_factory=dict)
     """As `sampling.tasks` of the preprocess job."""
 
 
@@ -191,7 +182,7 @@ class Model(Record):
     preset: Literal["tiny", "paper"] = "tiny"
     llm: Place | None = None
     """Folder of another Hugging Face causal LM, with its tokenizer."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """For example {"adapter": {"num_heads": 4}}."""
 
 

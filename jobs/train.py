@@ -15,7 +15,10 @@ from crab_platform import ray_cluster, tracking
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
 from crab_platform.training import Recipe, TrainingConfig, train
+from crab_platform.usage import Usage
+from jobs.adapters import adapter_digest
 from jobs.answers import Asking, ask
+from jobs.caches import held, record_usage
 from jobs.data import samples_digest
 from jobs.features import Item, open_manifest
 from jobs.output import RESULT, line, progress, read_result, table, write_result
@@ -76,10 +79,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             spec=spec_record(spec),
             tags={"identity": identity},
         ) as run_,
+        held(spec.features.cache, manifest, spec.name),
         ray_cluster.connected(),
         progress("steps", spec.optimisation.steps) as bar,
     ):
-        run_.dataset(spec.name, manifest.digest, f"{spec.features.cache}/{manifest.path}")
+        run_.dataset(spec.name, manifest.digest, f"{spec.features.cache.url}/{manifest.path}")
         folder.mkdir(parents=True, exist_ok=True)
 
         def on_metrics(metrics: dict[str, float]) -> None:
@@ -114,6 +118,18 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         }
         write_result(spec.folder, result)
         run_.file(spec.folder / RESULT)
+        record_usage(
+            spec.features.cache,
+            Usage(
+                kind="train",
+                job=spec.name,
+                run=run_.run_id,
+                experiment=spec.tracking.experiment,
+                team=spec.features.cache.team,
+                manifest=manifest.digest,
+                adapter=adapter_digest(adapter),
+            ),
+        )
     table(spec.name, ("last step", "value"), sorted(result["metrics"].items()))
     line(f"adapter: {adapter}")
     return result

@@ -106,6 +106,12 @@ def load_vision(folder: Path, select_layers: Sequence[int]) -> VisionFeatures:
     ValueError for pickled weights, other kinds of model, missing weights and layers out of range.
     """
     require_safetensors(folder)
+    if (folder / "adapter_config.json").exists():
+        # transformers would put it into the tower (or load another folder that it names), by a scale in no tensor.
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json); merge it into model.safetensors "
+            "(peft: merge_and_unload) and remove it, so that the weights alone say what is computed"
+        )
     config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     config = getattr(config, "vision_config", config)
     if config.model_type not in DEFAULT_STATISTICS:

@@ -2,6 +2,8 @@
 
     packs/<2 hex>/<id>.safetensors    features of many clips
     commits/<id>.parquet              which of them exist, and where
+    quarantine/<id>.parquet           which of them must not be used after all
+    snapshots/<id>.parquet            copies of many commits in one file, to load faster
 
 A pack is written first and its commit after it, both create-only. Killed between the two, a writer
 leaves a pack that nobody sees; there is no state to repair. Readers list the commits once, hold
@@ -9,24 +11,50 @@ them in memory, and ask the store for nothing else until they read features.
 
 Two writers may compute the same key. Readers then see one entry, that of the smallest commit id,
 which is the earliest; that they differ although their keys are equal is kept in `conflicts`.
+
+Caches can be layered: what this one lacks is looked for in those below, which are only read.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from crab_platform import commits
-from crab_platform.packs import Array, CorruptEntry, Entry, NewEntry, build_pack, open_entry, remedy
+from crab_platform import commits, snapshots
+from crab_platform.clock import SYSTEM, Clock
+from crab_platform.commits import NOBODY, Writer
+from crab_platform.index import CacheIndex, IndexBuilder
+from crab_platform.local_tier import LocalTier
+from crab_platform.packs import (
+    Array,
+    CorruptEntry,
+    Entry,
+    NewEntry,
+    build_pack,
+    open_entry,
+    remedy,
+)
+from crab_platform.quarantine import read_quarantine
 from crab_platform.ranges import Range
 from crab_platform.storage import ShortRead, Store
+from crab_platform.trust import EVERYONE, FileName, Signer, Trust, file_path, parse_path
 
 PACK_BYTES = 256 << 20
+
+AT_ONCE = 256
+"""Commits that are read together: bounds memory while an index is loaded."""
+
+PUBLISH_LIMIT_S = 3600.0
+"""Longest time between writing a pack and its commit. Far below the grace of garbage collection, which takes a pack
+without a commit for one whose writer died."""
+
+
+class PublishTooSlow(Exception):  # noqa: N818 (says what happened; nothing was published)
+    """A pack took so long to write that its commit must not follow; the work is done again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +68,16 @@ class Blob:
 Publish = Callable[[Store, Blob, Blob], None]
 
 
-def publish_pack_then_commit(store: Store, pack: Blob, commit: Blob) -> None:
+def publish_pack_then_commit(
+    store: Store, pack: Blob, commit: Blob, *, clock: Clock = SYSTEM
+) -> None:
     """The only place where features come to exist, and the order that all guarantees rest on."""
+    started = clock.monotonic()
     store.create(pack.path, pack.data)
+    if clock.monotonic() - started > PUBLISH_LIMIT_S:
+        raise PublishTooSlow(
+            f"{store.url}/{pack.path} took {clock.monotonic() - started:.0f} s to write; run the job again"
+        )
     store.create(commit.path, commit.data)
 
 
@@ -54,13 +89,34 @@ class FeatureCache:
         store: Store,
         *,
         pack_bytes: int = PACK_BYTES,
-        publish: Publish = publish_pack_then_commit,
+        publish: Publish | None = None,
+        writer: Writer = NOBODY,
+        signer: Signer | None = None,
+        trust: Trust = EVERYONE,
+        layers: Sequence[Store] = (),
+        local: LocalTier | None = None,
+        clock: Clock = SYSTEM,
     ) -> None:
+        """`layers` are other caches, read when this one lacks a key; `local` keeps what was read on a disk nearby.
+
+        Raises ValueError when `trust` is given and does not take what `signer` signs: a team would not see its own.
+        """
         if pack_bytes < 1:
             raise ValueError(f"pack_bytes is {pack_bytes}; expected at least 1")
+        if trust.zones and signer is not None and signer.zone not in trust.zones:
+            raise ValueError(
+                f"signs as zone {signer.zone!r} and trusts only {', '.join(sorted(trust.zones))}: it would not "
+                "read what it writes"
+            )
         self.store = store
         self.pack_bytes = pack_bytes
-        self._publish = publish
+        self.writer = writer
+        self.signer = signer
+        self.trust = trust
+        self.layers = tuple(layers)
+        self.local = local
+        self.clock = clock
+        self._publish = publish or partial(publish_pack_then_commit, clock=clock)
 
     def commit(self, entries: Sequence[NewEntry]) -> list[Entry]:
         """Store entries and make them exist; returns where each lies, in the order given.
@@ -82,35 +138,35 @@ class FeatureCache:
             same.append(entry)
         placed: dict[str, Entry] = {}
         for batch in _batches([same[0] for same in groups.values()], self.pack_bytes):
-            path = commits.pack_path(commits.new_id())
-            identifier = commits.new_id()
+            path = commits.pack_path(self.clock.new_id())
             data, found = build_pack(path, batch)
             rows = [(new, entry) for entry in found for new in groups[entry.key]]
-            commit = Blob(path=commits.commit_path(identifier), data=commits.write_commit(rows))
-            self._publish(self.store, Blob(path=path, data=data), commit)
+            identifier = self.publish(
+                Blob(path=path, data=data), commits.write_commit(rows, self.writer)
+            )
             placed |= {entry.key: replace(entry, commit=identifier) for entry in found}
         return [placed[entry.key] for entry in entries]
 
-    def index(self) -> CacheIndex:
-        """Everything committed so far: one LIST, then one read a commit, many at a time."""
-        paths = {}
-        for path in self.store.list(commits.COMMITS):
-            identifier = commits.commit_id(path)
-            if identifier is not None:
-                paths[identifier] = path
-        tables: list[Any] = []
-        skipped: dict[str, str] = {}
-        identifiers = sorted(paths)
-        files = self.store.read_all([paths[identifier] for identifier in identifiers])
-        for identifier, data in zip(identifiers, files, strict=True):
-            try:
-                table = commits.read_commit(data)
-            except commits.UnusableCommit as error:
-                skipped[paths[identifier]] = error.reason
-                continue
-            column = pa.array([identifier] * table.num_rows, pa.string())
-            tables.append(table.append_column("commit", column))
-        return CacheIndex(tables, skipped)
+    def publish(self, pack: Blob, rows: bytes) -> str:
+        """Writes a pack, and then the commit that makes its entries exist; returns the commit's id."""
+        identifier = self.clock.new_id()
+        path = file_path(commits.COMMITS, identifier, rows, self.signer)
+        self._publish(self.store, pack, Blob(path=path, data=rows))
+        return identifier
+
+    def index(self, exclude: Mapping[str, Collection[str]] | None = None) -> CacheIndex:
+        """Everything committed so far, here and in the layers below.
+
+        One LIST of commits, then one read a commit that no snapshot holds, many at a time.
+        `exclude` gives for the URL of a store the commits (paths) to pass over, because they are being deleted.
+        """
+        skip = exclude or {}
+        below = [
+            load_index(store, self.trust, exclude=skip.get(store.url, ()), layer=store.url)
+            for store in self.layers
+        ]
+        own = skip.get(self.store.url, ())
+        return load_index(self.store, self.trust, exclude=own, below=below)
 
     def read(self, entries: Sequence[Entry]) -> list[dict[str, Array]]:
         """The arrays of each entry, in the order given, every one checked against its digest.
@@ -118,121 +174,183 @@ class FeatureCache:
         Ranges of a pack are coalesced, and packs are read side by side. Raises CorruptEntry, and
         returns nothing, when one is not what was committed.
         """
-        wanted: dict[str, list[Range]] = {}
-        slots: list[tuple[str, int]] = []
-        for entry in entries:
-            ranges = wanted.setdefault(entry.pack, [])
-            slots.append((entry.pack, len(ranges)))
-            ranges.append((entry.offset, entry.length))
-        try:
-            buffers = self.store.read_many(wanted)
-        except (FileNotFoundError, ShortRead, ValueError) as error:
-            raise self._which_is_broken(entries, error) from error
-        return [
-            open_entry(entry, buffers[pack][position])
-            for entry, (pack, position) in zip(entries, slots, strict=True)
-        ]
+        found, bad = self.read_each(entries)
+        for error in bad.values():
+            raise error
+        return [arrays for arrays in found if arrays is not None]
 
-    def _which_is_broken(self, entries: Sequence[Entry], error: Exception) -> CorruptEntry:
-        """Name the first entry whose bytes are not there; a batch's error names only a file."""
-        for entry in entries:
+    def read_each(
+        self, entries: Sequence[Entry]
+    ) -> tuple[list[dict[str, Array] | None], dict[int, CorruptEntry]]:
+        """As `read`, but a bad entry is None, and its position leads to what is wrong with it."""
+        found: list[dict[str, Array] | None] = [None] * len(entries)
+        bad: dict[int, CorruptEntry] = {}
+        rest: dict[str, list[int]] = {}
+        kept = self.local.get(entries) if self.local else {}
+        for position, entry in enumerate(entries):
+            # Taken out: arrays share its memory, and each caller's are its own.
+            data = kept.pop(entry.blake3, None)
+            if data is not None:
+                try:
+                    found[position] = open_entry(entry, data)
+                    continue
+                except CorruptEntry:
+                    assert self.local is not None
+                    self.local.drop(entry)
+            rest.setdefault(entry.layer, []).append(position)
+        for layer, positions in rest.items():
+            store = self.store_of(layer)
+            fetched = _fetch(store, [entries[position] for position in positions])
+            for position, opened in zip(positions, fetched, strict=True):
+                if isinstance(opened, CorruptEntry):
+                    bad[position] = opened
+                    continue
+                found[position], stored = opened
+                if self.local:
+                    self.local.put(entries[position], stored)
+        return found, bad
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[FileName, Any]]:
+        """(name, pyarrow table of these columns) of every usable commit of this cache, in the order of their ids."""
+        for name, data in _trusted(self.store, self.trust, commits.COMMITS, {}):
             try:
-                self.store.read_many({entry.pack: [(entry.offset, entry.length)]})
-            except (FileNotFoundError, ShortRead, ValueError) as own:
-                return CorruptEntry(
-                    f"entry {entry.key} at byte {entry.offset} of {entry.pack}: {own}; "
-                    f"{remedy(entry)}"
-                )
-        return CorruptEntry(f"one of {len(entries)} entries could not be read: {error}")
+                yield name, commits.read_commit(data, columns)
+            except commits.UnusableCommit:
+                continue
 
-
-class CacheIndex:
-    """What existed when it was loaded. All answers come from memory."""
-
-    def __init__(self, tables: Sequence[Any], skipped: dict[str, str]) -> None:
-        """`tables` in the order of their commit ids; the first row of a key counts."""
-        self._table = pa.concat_tables(tables).combine_chunks() if tables else None
-        self._rows: dict[str, int] = {}
-        self.skipped_commits = skipped
-        """Commit files that were not used: path -> reason."""
-        self.conflicts: list[str] = []
-        """Keys that stand in several commits with different features."""
-        self.duplicates = 0
-        """Rows passed over because an earlier commit has the key."""
-        if self._table is not None:
-            self._load()
-
-    def _load(self) -> None:
-        assert self._table is not None
-        digests, homes = self._table.column("blake3"), self._table.column("commit")
-        clashing: set[str] = set()
-        for row, key in enumerate(self._table.column("key").to_pylist()):
-            first = self._rows.setdefault(key, row)
-            if first != row and homes[first].as_py() != homes[row].as_py():
-                self.duplicates += 1
-                if digests[first].as_py() != digests[row].as_py():
-                    clashing.add(key)
-        self.conflicts = sorted(clashing)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many commit files were not used, by reason."""
-        return dict(Counter(self.skipped_commits.values()))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._rows
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def lookup(self, keys: Iterable[str]) -> dict[str, Entry]:
-        """The entries of those keys that exist; a key that is not in the answer is a miss."""
-        rows = {key: self._rows[key] for key in keys if key in self._rows}
-        if not rows or self._table is None:
-            return {}
-        columns = self._table.take(pa.array(list(rows.values()), pa.int64())).to_pydict()
-        found = zip(
-            columns["key"],
-            columns["pack"],
-            columns["offset"],
-            columns["length"],
-            columns["blake3"],
-            columns["tensors"],
-            columns["commit"],
-            strict=True,
+    def store_of(self, layer: str) -> Store:
+        """The store of a layer, "" for the cache's own. Raises ValueError for one that it does not read."""
+        if not layer or layer == self.store.url:
+            return self.store
+        for store in self.layers:
+            if store.url == layer:
+                return store
+        raise ValueError(
+            f"features lie in {layer}, which this job does not read: add it to cache.read_through of the spec"
         )
-        return {
-            key: Entry(
-                key=key,
-                pack=pack,
-                offset=offset,
-                length=length,
-                blake3=digest,
-                tensors=commits.specs_from_json(tensors),
-                commit=commit,
-            )
-            for key, pack, offset, length, digest, tensors, commit in found
-        }
 
-    def known_media(self, url: str, version: str) -> str | None:
-        """The SHA-256 that this URL had at this version (size with ETag or mtime), if it is known.
 
-        None as well when commits disagree: then the media must be hashed.
-        """
-        return self._media.get((url, version)) if url and version else None
+def load_index(
+    store: Store,
+    trust: Trust = EVERYONE,
+    *,
+    exclude: Collection[str] = (),
+    layer: str = "",
+    below: Sequence[CacheIndex] = (),
+) -> CacheIndex:
+    """The index of one store. Commits that cannot be used, or are not trusted, are in its `skipped_commits`."""
+    # Quarantine before commits: an entry that was taken back and committed anew in between is then seen as new.
+    bad = [(entry.key, entry.commit) for _, entry in read_quarantine(store, trust)]
+    skipped: dict[str, str] = {}
+    builder = IndexBuilder(layer)
+    excluded = set(exclude)
+    listed = {
+        name.identifier: name
+        for name in _listed(store, trust, commits.COMMITS, skipped)
+        if name.path not in excluded
+    }
+    for table in snapshots.read_snapshots(store, trust, listed):
+        builder.add(table)
+        for identifier in table.column("commit").unique().to_pylist():
+            listed.pop(identifier, None)
+    for name, data in _read(store, trust, list(listed.values()), skipped):
+        try:
+            table = commits.read_commit(data)
+            column = pa.array([name.identifier] * table.num_rows, pa.string())
+            builder.add(table.append_column("commit", column))
+        except commits.UnusableCommit as error:
+            skipped[name.path] = error.reason
+    return builder.build(skipped=skipped, quarantined=bad, below=below, loose_commits=len(listed))
 
-    @cached_property
-    def _media(self) -> dict[tuple[str, str], str | None]:
-        known: dict[tuple[str, str], str | None] = {}
-        if self._table is not None:
-            columns = self._table.select(["source_url", "source_version", "media_sha256"])
-            for url, version, sha256 in zip(*columns.to_pydict().values(), strict=True):
-                if url and version and known.setdefault((url, version), sha256) != sha256:
-                    known[url, version] = None
-        return known
+
+def _listed(store: Store, trust: Trust, folder: str, skipped: dict[str, str]) -> Iterator[FileName]:
+    for path in store.list(folder):
+        name = parse_path(path)
+        if name is None:
+            continue
+        if reason := trust.distrusts_name(name):
+            skipped[path] = reason
+        else:
+            yield name
+
+
+def _read(
+    store: Store, trust: Trust, names: Sequence[FileName], skipped: dict[str, str]
+) -> Iterator[tuple[FileName, bytes]]:
+    """(name, bytes) of those that are there and trusted, in the order of their ids, AT_ONCE in memory at a time."""
+    ordered = sorted(names, key=lambda name: name.identifier)
+    for start in range(0, len(ordered), AT_ONCE):
+        batch = ordered[start : start + AT_ONCE]
+        for name, data in zip(batch, _present(store, batch), strict=True):
+            if data is None:
+                continue
+            if reason := trust.distrusts(name, data):
+                skipped[name.path] = reason
+            else:
+                yield name, data
+
+
+def _present(store: Store, names: Sequence[FileName]) -> list[bytes | None]:
+    """The bytes of each; None for one that garbage collection took since it was listed."""
+    try:
+        return list(store.read_all([name.path for name in names]))
+    except FileNotFoundError:
+        found: list[bytes | None] = []
+        for name in names:
+            try:
+                found.append(store.read(name.path))
+            except FileNotFoundError:
+                found.append(None)
+        return found
+
+
+def _trusted(
+    store: Store, trust: Trust, folder: str, skipped: dict[str, str]
+) -> Iterator[tuple[FileName, bytes]]:
+    yield from _read(store, trust, list(_listed(store, trust, folder, skipped)), skipped)
+
+
+Opened = tuple[dict[str, Array], memoryview]
+"""Arrays of an entry, and the bytes that they were made of."""
+
+
+def _fetch(store: Store, entries: Sequence[Entry]) -> list[Opened | CorruptEntry]:
+    """The arrays of each entry of one store, or why there are none."""
+    wanted: dict[str, list[Range]] = {}
+    numbers: dict[str, list[int]] = {}
+    for number, entry in enumerate(entries):
+        wanted.setdefault(entry.pack, []).append((entry.offset, entry.length))
+        numbers.setdefault(entry.pack, []).append(number)
+    found: dict[int, Opened | CorruptEntry] = {}
+
+    def check(pack: str, position: int, data: memoryview) -> None:
+        # In the thread that read it, so that hashing and reading overlap.
+        number = numbers[pack][position]
+        found[number] = _opened(entries[number], data)
+
+    try:
+        store.read_many(wanted, check)
+        return [found[number] for number in range(len(entries))]
+    except (FileNotFoundError, ShortRead, ValueError):
+        # One of many: each is asked for by itself, to name the bad ones and save the others.
+        return [_fetch_one(store, entry) for entry in entries]
+
+
+def _fetch_one(store: Store, entry: Entry) -> Opened | CorruptEntry:
+    try:
+        (data,) = store.read_ranges(entry.pack, [(entry.offset, entry.length)])
+    except (FileNotFoundError, ShortRead, ValueError) as error:
+        return CorruptEntry(
+            f"entry {entry.key} at byte {entry.offset} of {entry.pack}: {error}; {remedy(entry)}"
+        )
+    return _opened(entry, data)
+
+
+def _opened(entry: Entry, data: memoryview) -> Opened | CorruptEntry:
+    try:
+        return open_entry(entry, data), data
+    except CorruptEntry as error:
+        return error
 
 
 def _same_arrays(one: NewEntry, other: NewEntry) -> bool:

@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crab_platform import commits
-from crab_platform.cache import FeatureCache
 from crab_platform.identity import digest
-from crab_platform.packs import Array, Entry
+from crab_platform.packs import Entry
 from crab_platform.storage import AlreadyExists, Store
 
 MANIFEST_SCHEMA = 1
+MANIFESTS = "manifests"
 
 COLUMNS = pa.schema(
     [
@@ -43,8 +43,11 @@ COLUMNS = pa.schema(
         ("blake3", pa.string()),
         ("tensors", pa.string()),
         ("commit", pa.string()),
+        ("layer", pa.string()),
     ]
 )
+_LATER = ("layer",)
+"""Columns that manifests of the first version do not have; empty there."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -123,7 +126,7 @@ def manifest_path(manifest_digest: str) -> str:
     """Where the manifest of that digest lies. Raises ValueError for anything but a digest."""
     if not _DIGEST.fullmatch(manifest_digest):
         raise ValueError(f"{manifest_digest!r} is not a manifest digest (64 lower-case hex digits)")
-    return f"manifests/{manifest_digest}.parquet"
+    return f"{MANIFESTS}/{manifest_digest}.parquet"
 
 
 def build_manifest(rows: Iterable[ManifestRow]) -> Manifest:
@@ -163,13 +166,16 @@ def read_manifest(store: Store, manifest_digest: str) -> Manifest:
         wrong = [
             column.name
             for column in COLUMNS
-            if column.name not in found.names or found.field(column.name).type != column.type
+            if (column.name not in found.names and column.name not in _LATER)
+            or (column.name in found.names and found.field(column.name).type != column.type)
         ]
         if wrong:
             raise CorruptManifest(
                 f"{store.url}/{path}: columns {wrong} are missing or of other types"
             )
-        table = file.read(columns=COLUMNS.names)
+        table = file.read(columns=[name for name in COLUMNS.names if name in found.names])
+        for name in set(_LATER) - set(found.names):
+            table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
     except (pa.ArrowException, OSError) as error:
         raise CorruptManifest(f"{store.url}/{path} is not readable as parquet: {error}") from error
     versions = set(table.column("schema").to_pylist()) - {MANIFEST_SCHEMA}
@@ -187,31 +193,6 @@ def read_manifest(store: Store, manifest_digest: str) -> Manifest:
             f"{store.url}/{path} holds the data of manifest {manifest.digest}; preprocess again"
         )
     return manifest
-
-
-class ManifestReader:
-    """Features by name, as training reads them: through the manifest, checked, nothing computed."""
-
-    def __init__(self, cache: FeatureCache, manifest: Manifest) -> None:
-        self.cache = cache
-        self.manifest = manifest
-
-    def read(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Array]]:
-        """Arrays of each (source, stream), in the order given.
-
-        Raises ValueError for a pair that the manifest does not have or has set aside, CorruptEntry
-        when stored bytes are not what was committed.
-        """
-        entries = []
-        for source, stream in pairs:
-            row = self.manifest.row(source, stream)
-            if row.entry is None:
-                raise ValueError(
-                    f"stream {stream!r} of source {source!r} was set aside ({row.reason}): "
-                    f"{row.detail or 'no detail'}; leave out its samples"
-                )
-            entries.append(row.entry)
-        return self.cache.read(entries)
 
 
 def _content_digest(rows: Sequence[ManifestRow]) -> str:
@@ -236,7 +217,7 @@ def _to_table(rows: Sequence[ManifestRow]) -> Any:
         columns["schema"].append(MANIFEST_SCHEMA)
         for name in ("source", "stream", "status", "reason", "detail", "media_sha256"):
             columns[name].append(getattr(row, name))
-        for name in ("key", "pack", "blake3", "commit"):
+        for name in ("key", "pack", "blake3", "commit", "layer"):
             columns[name].append(getattr(entry, name) if entry else "")
         for name in ("offset", "length"):
             columns[name].append(getattr(entry, name) if entry else 0)
@@ -247,9 +228,9 @@ def _to_table(rows: Sequence[ManifestRow]) -> Any:
 def _to_row(cells: dict[str, Any]) -> ManifestRow:
     entry = None
     if cells["status"] == "ready":
-        names = ("key", "pack", "offset", "length", "blake3", "commit")
+        places = ("key", "pack", "offset", "length", "blake3", "commit", "layer")
         entry = Entry(
-            **{name: cells[name] for name in names},
+            **{name: cells[name] for name in places},
             tensors=commits.specs_from_json(cells["tensors"]),
         )
     names = ("source", "stream", "status", "reason", "detail", "media_sha256")

@@ -20,8 +20,14 @@ KEY_SCHEMA = 1
 changes.
 """
 
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32", "int8")
 """How features may be stored; part of the key because it changes the values that readers get."""
+
+RAW = "raw"
+CODECS = (RAW, "blosc2-shuffle-zstd1")
+"""How stored bytes may be compressed. Lossless, and yet part of the key: an entry has one set of
+bytes, so a cache that was filled raw does not answer for one that is to be small.
+"""
 
 ABSENT = "(absent)"
 """Stands in `differing_fields` for a value that one of the two records does not have."""
@@ -78,23 +84,15 @@ class FeatureKey:
     encoder: Mapping[str, Any]
     dtype: str
     """How the features are stored, one of DTYPES."""
+    codec: str = RAW
+    """How the stored bytes are compressed, one of CODECS."""
 
     def __post_init__(self) -> None:
-        if not _SHA256.fullmatch(self.media_sha256):
-            raise ValueError(
-                f"media_sha256 is {self.media_sha256!r}; expected 64 lower-case hex digits (use "
-                "sha256_file)"
-            )
-        if not self.stream:
-            raise ValueError("stream is empty; expected a name such as 'video' or 'audio'")
+        _check_source(self.media_sha256, self.stream)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        for name in ("sampling", "decode", "encoder"):
-            given = getattr(self, name)
-            _check(given, name)
-            if not isinstance(given, dict):
-                raise TypeError(f"{name} is a {type(given).__name__}; expected a dict")
-            object.__setattr__(self, name, json.loads(canonical_json(given)))
+        _check_codec(self.codec)
+        _own_copies(self, ("sampling", "decode", "encoder"))
 
     def record(self) -> dict[str, Any]:
         """The record that the digest is made of: a fresh dict of plain JSON values."""
@@ -106,12 +104,60 @@ class FeatureKey:
             "decode": dict(self.decode),
             "encoder": dict(self.encoder),
             "dtype": self.dtype,
+            **_codec_field(self.codec),
         }
 
     @property
     def digest(self) -> str:
         """The key: 64 hex digits."""
         return digest(self.record())
+
+
+WINDOW = "window"
+"""The name of the one array of an entry under a DecodedKey; no encoder gives that name to an output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedKey:
+    """Everything declared that decides the decoded windows of one stream of one clip.
+
+    What an encoder is fed, before any encoder: a new encoder that takes the same windows does not
+    decode again. There is no dtype: arrays stay as they were decoded.
+    """
+
+    media_sha256: str
+    stream: str
+    """As in FeatureKey."""
+    sampling: Mapping[str, Any]
+    decode: Mapping[str, Any]
+    codec: str = RAW
+    """As in FeatureKey."""
+
+    def __post_init__(self) -> None:
+        _check_source(self.media_sha256, self.stream)
+        _check_codec(self.codec)
+        _own_copies(self, ("sampling", "decode"))
+
+    def record(self) -> dict[str, Any]:
+        """The record that the digest is made of. `level` keeps it apart from every feature's."""
+        return {
+            "schema": KEY_SCHEMA,
+            "level": "decoded",
+            "media_sha256": self.media_sha256,
+            "stream": self.stream,
+            "sampling": dict(self.sampling),
+            "decode": dict(self.decode),
+            **_codec_field(self.codec),
+        }
+
+    @property
+    def digest(self) -> str:
+        """The key: 64 hex digits."""
+        return digest(self.record())
+
+
+AnyKey = FeatureKey | DecodedKey
+"""Of which an entry can be: both have `record()`, `digest`, `stream`, `media_sha256` and `codec`."""
 
 
 def differing_fields(
@@ -132,6 +178,35 @@ def differing_fields(
         elif name not in left or name not in right or canonical_json(one) != canonical_json(other):
             found[name] = (one, other)
     return found
+
+
+def _check_source(media_sha256: str, stream: str) -> None:
+    if not _SHA256.fullmatch(media_sha256):
+        raise ValueError(
+            f"media_sha256 is {media_sha256!r}; expected 64 lower-case hex digits (use sha256_file)"
+        )
+    if not stream:
+        raise ValueError("stream is empty; expected a name such as 'video' or 'audio'")
+
+
+def _check_codec(codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"codec is {codec!r}; expected one of {', '.join(CODECS)}")
+
+
+def _codec_field(codec: str) -> dict[str, str]:
+    """Nothing for raw bytes: keys are as they were before there were codecs."""
+    return {} if codec == RAW else {"codec": codec}
+
+
+def _own_copies(key: object, names: tuple[str, ...]) -> None:
+    """Replace the records of a frozen key by checked copies of its own."""
+    for name in names:
+        given = getattr(key, name)
+        _check(given, name)
+        if not isinstance(given, dict):
+            raise TypeError(f"{name} is a {type(given).__name__}; expected a dict")
+        object.__setattr__(key, name, json.loads(canonical_json(given)))
 
 
 def _check(value: object, path: str) -> None:

@@ -1,9 +1,10 @@
 """S3 (AWS, MinIO, Ceph, SeaweedFS) as a store, through obstore.
 
 Create-only is `If-None-Match: *`. Its trap is the lost answer: our upload arrives, the reply does
-not, and the retry is told that the file exists. So a refusal after a failed attempt of our own is a
-success when the stored bytes are ours. obstore retries reads by itself; it is told not to retry
-uploads, because only the loop here knows about that.
+not, and the retry is told that the file exists. So every upload carries a name of its own in the
+file's metadata, and a refusal is a success when the file that is there carries it. (Equal bytes
+would not do: of two that write the same lock, one must lose.) obstore retries reads by itself; it
+is told not to retry uploads, because only the loop in `retry.py` knows about that.
 
 Endpoint, region and credentials are read from AWS_* variables when the store is opened, in every
 process anew; nothing secret is in the URL or in what is pickled.
@@ -12,9 +13,8 @@ process anew; nothing secret is in the URL or in what is pickled.
 from __future__ import annotations
 
 import os
-import random
 import re
-import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
@@ -24,9 +24,10 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
 from obstore.store import S3Store
 
+from crab_platform.clock import SYSTEM
 from crab_platform.ranges import Piece
+from crab_platform.retry import Taken, Transient, create_with_retries
 from crab_platform.storage import (
-    AlreadyExists,
     Data,
     Paths,
     ShortRead,
@@ -39,10 +40,13 @@ from crab_platform.storage import (
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-SMALL_BYTES = 8 << 20
-"""Up to here an upload that takes 30 s has stalled; a pack of 256 MiB may take minutes on a thin
-line.
-"""
+STALL_S = 10
+"""No byte of an answer for so long is a stall."""
+
+WRITE_MARK = "crab-write"
+"""Metadata of a stored file: which call of `create` wrote it."""
+
+_CLASS_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 
 CREDENTIAL_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
@@ -54,6 +58,7 @@ CREDENTIAL_VARIABLES = (
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {"RequestTimeout"}  # S3 says this, with 400, of a body that came too slowly
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -86,20 +91,20 @@ class ObjectStore(Store):
         self._budget_s = create_budget_s
         self.url = f"s3://{parts.netloc}/{prefix}".rstrip("/")
         self._prefix = prefix
+        self._writers: dict[int, S3Store] = {}
 
     # Reads and uploads of each size need other time limits, which obstore keeps per client. Most
-    # processes need one of the three.
+    # processes need two of them.
     @cached_property
     def _reads(self) -> S3Store:
         return _client(self._bucket, self._prefix, limit_s=300, retries=5)
 
-    @cached_property
-    def _small_writes(self) -> S3Store:
-        return _client(self._bucket, self._prefix, limit_s=30, retries=0)
-
-    @cached_property
-    def _large_writes(self) -> S3Store:
-        return _client(self._bucket, self._prefix, limit_s=600, retries=0)
+    def _writes(self, num_bytes: int) -> S3Store:
+        limit_s = upload_limit_s(num_bytes)
+        if limit_s not in self._writers:
+            client = _client(self._bucket, self._prefix, limit_s=limit_s, retries=0)
+            self._writers.setdefault(limit_s, client)  # another thread may have been faster
+        return self._writers[limit_s]
 
     def __reduce__(self) -> tuple[object, tuple[str, float]]:
         return (_reopen, (self.url, self._budget_s))
@@ -112,35 +117,34 @@ class ObjectStore(Store):
         with growing random pauses, until the budget is spent.
         """
         check_path(path)
-        client = self._small_writes if len(data) <= SMALL_BYTES else self._large_writes
-        started = time.monotonic()
-        attempt = 0
-        while True:
-            attempt += 1
+        client = self._writes(len(data))
+        mark = SYSTEM.new_id()
+
+        def put() -> None:
             try:
-                obstore.put(client, path, data, mode="create", use_multipart=False)
-                return
+                obstore.put(
+                    client,
+                    path,
+                    data,
+                    mode="create",
+                    use_multipart=False,
+                    attributes={WRITE_MARK: mark},
+                )
             except (BaseError, FileNotFoundError) as error:
                 if _taken(error):
-                    # After a failed attempt the file that is in the way may be the one that we
-                    # wrote.
-                    if attempt > 1 and self._holds(path, data):
-                        return
-                    raise AlreadyExists(
-                        f"{self.url}/{path} exists already and is never overwritten"
-                    ) from error
-                pause_s = random.uniform(0.05, min(8.0, 0.1 * 2**attempt))
-                spent_s = time.monotonic() - started
-                if not _transient(error):
-                    self._explain(error, path)
-                if spent_s + pause_s > self._budget_s:
-                    raise StoreUnreachable(
-                        f"{self.url}/{path}: not written after {attempt} attempts in "
-                        f"{spent_s:.0f} s "
-                        f"({_summary(error)}); check that {_endpoint()} is up and not "
-                        "throttling, then start again"
-                    ) from error
-                time.sleep(pause_s)
+                    raise Taken(_summary(error)) from error
+                if _transient(error):
+                    raise Transient(_summary(error)) from error
+                self._explain(error, path)
+
+        create_with_retries(
+            put,
+            lambda: self._written_by(path, mark),
+            clock=SYSTEM,
+            budget_s=self._budget_s,
+            what=f"{self.url}/{path}",
+            advice=f"check that {_endpoint()} is up and not throttling, then start again",
+        )
 
     def read(self, path: str) -> bytes:
         """All bytes of a file."""
@@ -164,6 +168,15 @@ class ObjectStore(Store):
         except (BaseError, FileNotFoundError) as error:
             self._explain(error, prefix)
 
+    def delete(self, path: str) -> None:
+        """Remove an object; S3 says yes to one that does not exist, too."""
+        try:
+            obstore.delete(self._reads, check_path(path))
+        except FileNotFoundError:
+            return
+        except BaseError as error:
+            self._explain(error, path)
+
     def _read_piece(self, path: str, piece: Piece) -> memoryview:
         try:
             data = obstore.get_range(
@@ -173,8 +186,33 @@ class ObjectStore(Store):
             self._explain(error, path)
         return memoryview(data)
 
-    def _holds(self, path: str, data: Data) -> bool:
-        return self.size(path) == len(data) and self.read(path) == data
+    def _read_pieces(self, path: str, pieces: Sequence[Piece]) -> Sequence[memoryview]:
+        if len(pieces) == 1:
+            return [self._read_piece(path, pieces[0])]
+        try:
+            # Up to ten requests at a time, without Python between them.
+            found = obstore.get_ranges(
+                self._reads,
+                check_path(path),
+                starts=[piece.start for piece in pieces],
+                ends=[piece.stop for piece in pieces],
+                coalesce=0,
+            )
+        except (BaseError, FileNotFoundError) as error:
+            self._explain(error, path)
+        return [memoryview(data) for data in found]
+
+    def _written_by(self, path: str, mark: str) -> bool:
+        """Whether the file carries this mark. Raises Transient when that cannot be known now."""
+        try:
+            found = obstore.get(self._reads, path, options={"head": True})
+        except FileNotFoundError as error:
+            raise Transient("it was there and is gone") from error
+        except BaseError as error:
+            if _transient(error):
+                raise Transient(_summary(error)) from error
+            self._explain(error, path)
+        return found.attributes.get(WRITE_MARK) == mark
 
     def _explain(self, error: Exception, path: str) -> NoReturn:
         """Raise our error for obstore's: what was asked, what came back, what to check."""
@@ -189,7 +227,11 @@ class ObjectStore(Store):
             raise FileNotFoundError(f"{place} does not exist") from error
         if status == 416:
             raise ShortRead(f"{place}: the range starts after the end of the file") from error
-        if isinstance(error, PermissionDeniedError) or status in (401, 403):
+        if (
+            isinstance(error, PermissionDeniedError)
+            or status in (401, 403)
+            or code == "AccessDenied"
+        ):
             raise StoreUnreachable(
                 f"{place}: {_endpoint()} refused the credentials "
                 f"({code or status or 'forbidden'}); check "
@@ -210,6 +252,16 @@ def _reopen(url: str, create_budget_s: float) -> ObjectStore:
     return ObjectStore(url, create_budget_s=create_budget_s)
 
 
+def upload_limit_s(num_bytes: int) -> int:
+    """Seconds after which an upload of this size has stalled.
+
+    Ten, and two more for each MiB after the first: a pack of 256 MiB may take minutes on a thin
+    line. Sizes are rounded up to a few classes, since each limit needs a client of its own.
+    """
+    limit = next((limit for limit in _CLASS_BYTES if num_bytes <= limit), num_bytes)
+    return STALL_S + 2 * (-(-limit >> 20) - 1)
+
+
 def _client(bucket: str, prefix: str, *, limit_s: int, retries: int) -> S3Store:
     # Plain http only where the endpoint itself says so: a redirect or a typo never sends a request
     # in the clear.
@@ -219,9 +271,8 @@ def _client(bucket: str, prefix: str, *, limit_s: int, retries: int) -> S3Store:
         "timeout": timedelta(seconds=limit_s),
     }
     if retries:
-        # No byte for ten seconds is a stall. Not for uploads: there the reply comes only after the
-        # whole body.
-        options["read_timeout"] = timedelta(seconds=10)
+        # Not for uploads: there the reply comes only after the whole body.
+        options["read_timeout"] = timedelta(seconds=STALL_S)
     retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=60)}
     return S3Store(bucket, prefix=prefix or None, client_options=options, retry_config=retry)
 
@@ -253,6 +304,8 @@ def _taken(error: Exception) -> bool:
 
 
 def _transient(error: Exception) -> bool:
+    if _code(error) in _TRANSIENT_CODES:
+        return True
     status = _status(error)
     return status in _TRANSIENT if status is not None else "HTTP error" in str(error)
 

@@ -5,34 +5,43 @@ plain safetensors (anybody's tool opens it), written here rather than by the lib
 to know where each entry lies and can then spare two copies of the whole. Tensors are named
 `<key>/<name>`; the metadata holds for each key its record and its digest.
 
-The digest of an entry covers its key and the names, types and shapes of its tensors as well as the
-bytes. So neither another clip's valid bytes nor a changed index row can pass for this entry.
+A key may ask for compressed tensors. In the file such a tensor is a row of bytes (U8), and its
+type, shape and codec are in the metadata beside its record.
+
+The digest of an entry covers its key and the names, types and shapes of its tensors (and codecs,
+where there are any) as well as the bytes. So neither another clip's valid bytes nor a changed index
+row can pass for this entry, and nothing is decompressed that was not committed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
-from crab_platform.identity import FeatureKey, canonical_json
+from crab_platform import codec, dtypes
+from crab_platform.dtypes import TOLERANCE as TOLERANCE
+from crab_platform.dtypes import relative_l2 as relative_l2
+from crab_platform.dtypes import tolerance_of as tolerance_of
+from crab_platform.identity import CODECS, RAW, AnyKey, FeatureKey, canonical_json
 
 PACK_SCHEMA = 1
 
+JOIN_BYTES = 256 << 10
+"""Up to here head and body are joined before they are hashed: BLAKE3 takes twice as long for 48 KiB
+that do not start on one of its chunks of 1024 bytes, and copying them is cheaper than that.
+"""
+
 Array = np.ndarray[Any, Any]
 
-# name of a stored type -> (name in safetensors, numpy type of the bytes)
-_TYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "float16": ("F16", np.dtype("<f2")),
-    "bfloat16": ("BF16", np.dtype("<u2")),  # numpy has no bfloat16: its 16 bits, see `stored`
-    "float32": ("F32", np.dtype("<f4")),
-}
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -48,11 +57,24 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    codec: str = RAW
+    stored_bytes: int | None = None
+    """Bytes on disk of a compressed tensor; None for a raw one, whose shape says it."""
+
+    @property
+    def count(self) -> int:
+        """Numbers in the array."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array."""
+        return self.count * dtypes.STORED[self.dtype][1].itemsize
+
+    @property
+    def length(self) -> int:
         """Bytes on disk."""
-        return int(np.prod(self.shape, dtype=np.int64)) * _TYPES[self.dtype][1].itemsize
+        return self.nbytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +90,8 @@ class Entry:
     tensors: tuple[TensorSpec, ...]
     commit: str = ""
     """Which commit made it exist."""
+    layer: str = ""
+    """URL of the store that it lies in, when that is not the cache's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,28 +101,41 @@ class NewEntry:
     key: str
     record: dict[str, Any] = field(repr=False)
     arrays: dict[str, Array] = field(repr=False)
-    """As stored: the type of the key, C-contiguous, sorted by name."""
+    """As stored but not yet compressed: the type of the key, C-contiguous, sorted by name."""
     source_url: str = ""
     source_version: str = ""
     """Size with ETag or mtime: what lets the next run skip hashing the media. "" for none."""
+    decode_s: float = 0.0
+    """Seconds that decoding cost, 0 where unknown or shared with another entry of the clip."""
+    encode_s: float = 0.0
+    """Seconds that encoding cost, 0 where unknown."""
+    device: str = ""
+    """Where it was encoded: "cpu" or "cuda"."""
+    tolerance: float = 0.0
+    """Relative L2 error that a recomputation may have; 0 asks for equal bytes."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of features, without the header's share."""
+        """Bytes of features before compression, without the header's share."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 def new_entry(
-    key: FeatureKey,
+    key: AnyKey,
     arrays: Mapping[str, Array],
     *,
     source_url: str = "",
     source_version: str = "",
+    decode_s: float = 0.0,
+    encode_s: float = 0.0,
+    device: str = "",
+    tolerance: float = 0.0,
 ) -> NewEntry:
-    """An entry to commit, its arrays converted to the type that the key says.
+    """An entry to commit: features converted to the type that the key says, decoded windows as
+    they are. What the keyword arguments mean stands at NewEntry.
 
-    Raises ValueError when there is no array, a name has odd characters, an array is not of floats,
-    or a value is not finite once stored (float16 ends at 65504).
+    Raises ValueError when there is no array, a name has odd characters, an array is not of floats
+    (decoded: of uint8 or float32), or a value is not finite once stored (float16 ends at 65504).
     """
     if not arrays:
         raise ValueError(f"no features for key {key.digest}; expected at least one named array")
@@ -108,121 +145,236 @@ def new_entry(
     return NewEntry(
         key=key.digest,
         record=key.record(),
-        arrays={name: stored(arrays[name], key.dtype, name) for name in sorted(arrays)},
+        arrays=dtypes.stored(arrays, key.dtype)
+        if isinstance(key, FeatureKey)
+        else dtypes.decoded(arrays),
         source_url=source_url,
         source_version=source_version,
+        decode_s=decode_s,
+        encode_s=encode_s,
+        device=device,
+        tolerance=tolerance,
     )
 
 
-def stored(array: Array, dtype: str, name: str = "array") -> Array:
-    """`array` as it is written: same shape, rounded to nearest even; uint16 bits for bfloat16."""
-    if array.dtype.kind != "f":
-        raise ValueError(f"feature {name!r} has type {array.dtype}; expected floats")
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported just below
-        if dtype == "bfloat16":
-            bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
-            rounded = bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)
-            result = (rounded >> 16).astype("<u2")
-            finite = np.isfinite(array) & ((result & 0x7F80) != 0x7F80)
-        else:
-            result = np.ascontiguousarray(array, dtype=_TYPES[dtype][1])
-            finite = np.isfinite(result)
-    if not finite.all():
-        bad = int(finite.size - np.count_nonzero(finite))
-        raise ValueError(
-            f"feature {name!r}: {bad} of {finite.size} values are not finite as {dtype}; if the "
-            "encoder's output is sound, store it as float32 or bfloat16"
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """An entry's bytes as they stand in a pack, wherever that is, with what they are checked by."""
+
+    key: str
+    record: dict[str, Any] = field(repr=False)
+    tensors: tuple[TensorSpec, ...]
+    blake3: str
+    bodies: Sequence[memoryview | bytes] = field(repr=False)
+    """The bytes of all tensors, in their order; one after the other."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a pack, without the header's share."""
+        return sum(spec.length for spec in self.tensors)
+
+
+def seal(entry: NewEntry) -> Sealed:
+    """Compresses where the key says so, and takes the digest."""
+    way = str(entry.record.get("codec", RAW))
+    at = 0
+    specs: list[TensorSpec] = []
+    bodies: list[memoryview | bytes] = []
+    for name, array in entry.arrays.items():
+        body = codec.compress(array) if way != RAW else array.reshape(-1).view(np.uint8).data
+        specs.append(
+            TensorSpec(
+                name=name,
+                dtype=dtypes.stored_type(array),
+                shape=array.shape,
+                offset=at,
+                codec=way,
+                stored_bytes=None if way == RAW else len(body),
+            )
         )
-    return result.reshape(array.shape)
+        bodies.append(body)
+        at += len(body)
+    return Sealed(
+        key=entry.key,
+        record=entry.record,
+        tensors=tuple(specs),
+        blake3=_digest(entry.key, specs, bodies),
+        bodies=bodies,
+    )
 
 
-def build_pack(path: str, entries: Sequence[NewEntry]) -> tuple[bytes, list[Entry]]:
+def seal_copy(entry: Entry, record: dict[str, Any], data: bytearray | memoryview) -> Sealed:
+    """An entry that was read, to be put into another pack as it is. Raises CorruptEntry when it is not what it was."""
+    open_entry(entry, data)
+    return Sealed(
+        key=entry.key,
+        record=record,
+        tensors=entry.tensors,
+        blake3=entry.blake3,
+        bodies=[memoryview(data)],
+    )
+
+
+def build_pack(path: str, new: Sequence[NewEntry | Sealed]) -> tuple[bytes, list[Entry]]:
     """The bytes of a pack and where each entry lies in it. Keys must be different."""
+    entries = [entry if isinstance(entry, Sealed) else seal(entry) for entry in new]
     header: dict[str, Any] = {}
     metadata: dict[str, str] = {"schema": str(PACK_SCHEMA)}
-    bodies: list[memoryview] = []
-    found: list[tuple[NewEntry, int, int, str, tuple[TensorSpec, ...]]] = []
+    starts: list[int] = []
     at = 0
     for entry in entries:
-        dtype = str(entry.record["dtype"])
-        start, specs = at, []
-        for name, array in entry.arrays.items():
-            stop = at + array.nbytes
-            header[f"{entry.key}/{name}"] = {
-                "dtype": _TYPES[dtype][0],
-                "shape": list(array.shape),
-                "data_offsets": [at, stop],
+        starts.append(at)
+        about: dict[str, Any] = {"record": entry.record, "blake3": entry.blake3}
+        for spec in entry.tensors:
+            raw = spec.codec == RAW
+            header[f"{entry.key}/{spec.name}"] = {
+                "dtype": dtypes.STORED[spec.dtype if raw else "uint8"][0],
+                "shape": list(spec.shape) if raw else [spec.length],
+                "data_offsets": [at + spec.offset, at + spec.offset + spec.length],
             }
-            specs.append(TensorSpec(name=name, dtype=dtype, shape=array.shape, offset=at - start))
-            bodies.append(array.reshape(-1).view(np.uint8).data)
-            at = stop
-        digest = _digest(entry.key, specs, bodies[len(bodies) - len(specs) :])
-        metadata[entry.key] = canonical_json({"record": entry.record, "blake3": digest}).decode()
-        found.append((entry, start, at - start, digest, tuple(specs)))
+            if not raw:
+                about.setdefault("tensors", {})[spec.name] = {
+                    "dtype": spec.dtype,
+                    "shape": list(spec.shape),
+                    "codec": spec.codec,
+                }
+        metadata[entry.key] = canonical_json(about).decode()
+        at += entry.nbytes
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # tensors start on a cache line
     base = 8 + len(text)
+    bodies = [body for entry in entries for body in entry.bodies]
     data = b"".join([struct.pack("<Q", len(text)), text, *bodies])
     placed = [
         Entry(
             key=entry.key,
             pack=path,
             offset=base + start,
-            length=length,
-            blake3=digest,
-            tensors=specs,
+            length=entry.nbytes,
+            blake3=entry.blake3,
+            tensors=entry.tensors,
         )
-        for entry, start, length, digest, specs in found
+        for entry, start in zip(entries, starts, strict=True)
     ]
     return data, placed
 
 
-def open_entry(entry: Entry, data: bytearray) -> dict[str, Array]:
-    """The arrays of an entry, from its bytes, checked; they share `data`'s memory.
+def open_entry(entry: Entry, data: bytearray | memoryview) -> dict[str, Array]:
+    """The arrays of an entry, from its bytes, checked; raw ones share `data`'s memory.
 
-    float16 and float32 come as stored; bfloat16 comes as float32 (exact; numpy has no bfloat16).
-    Raises CorruptEntry naming the key, the pack and what differs.
+    float16, float32 and uint8 come as stored; bfloat16 (exact; numpy has no bfloat16) and int8
+    (times its scales, which are not among the arrays) come as float32. Raises CorruptEntry naming
+    the key, the pack and what differs.
     """
-    where = f"entry {entry.key} at byte {entry.offset} of {entry.pack}"
-    advice = remedy(entry)
+    layout = _layout(entry.tensors)
+    wrong = layout.wrong
     if len(data) != entry.length:
-        raise CorruptEntry(f"{where}: {len(data)} bytes, expected {entry.length}; {advice}")
-    end = 0
-    for spec in entry.tensors:
-        if spec.dtype not in _TYPES:
-            raise CorruptEntry(f"{where}: tensor {spec.name!r} has unknown type {spec.dtype!r}")
-        if spec.offset != end or min(spec.shape, default=0) < 0:
-            raise CorruptEntry(f"{where}: shape or offset of {spec.name!r} do not fit; {advice}")
-        end += spec.nbytes
-    if end != entry.length:
-        raise CorruptEntry(f"{where}: shapes need {end} bytes, it has {entry.length}; {advice}")
-    found = _digest(entry.key, entry.tensors, [memoryview(data)])
-    if found != entry.blake3:
-        raise CorruptEntry(
-            f"{where}: BLAKE3 over key, shapes and bytes is {found[:16]}..., the commit says "
-            f"{entry.blake3[:16]}...; {advice}"
-        )
-    arrays = {}
-    for spec in entry.tensors:
-        kind = _TYPES[spec.dtype][1]
-        count = spec.nbytes // kind.itemsize
-        array = np.frombuffer(data, dtype=kind, count=count, offset=spec.offset)
-        if spec.dtype == "bfloat16":
-            array = (array.astype("<u4") << 16).view("<f4")
-        arrays[spec.name] = array.reshape(spec.shape)
-    return arrays
+        wrong = f"{len(data)} bytes, expected {entry.length}"
+    elif not wrong and layout.length != entry.length:
+        wrong = f"shapes need {layout.length} bytes, it has {entry.length}"
+    if not wrong:
+        found = _digest(entry.key, entry.tensors, [memoryview(data)])
+        if found == entry.blake3:
+            try:
+                return _arrays(layout, data)
+            except ValueError as error:  # committed so: by a faulty or an ill-meaning writer
+                wrong = str(error)
+        else:
+            wrong = (
+                f"BLAKE3 over key, shapes and bytes is {found[:16]}..., the commit says "
+                f"{entry.blake3[:16]}..."
+            )
+    raise CorruptEntry(
+        f"entry {entry.key} at byte {entry.offset} of {entry.pack}: {wrong}; {remedy(entry)}"
+    )
 
 
 def remedy(entry: Entry) -> str:
     """What a person does about a damaged entry: without its commit it is a miss, no more."""
-    return (
-        f"delete commits/{entry.commit or '<its commit>'}.parquet and run again to compute it anew"
+    place = entry.layer or "CACHE"
+    return f"`crab cache verify {place} --all --quarantine` takes it back, and its preprocess job computes it anew"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """The tensors of an entry, looked at once for the many clips that have the same."""
+
+    tensors: tuple[tuple[TensorSpec, np.dtype[Any], int], ...] = ()
+    """Each with the type and the count of its numbers as stored."""
+    length: int = 0
+    """Bytes that they need."""
+    plain: bool = False
+    """Nothing is compressed or restored: readers get what is stored."""
+    wrong: str = ""
+    """Why no entry can have such tensors."""
+
+
+@lru_cache(maxsize=4096)
+def _layout(specs: tuple[TensorSpec, ...]) -> _Layout:
+    end = 0
+    for spec in specs:
+        if spec.dtype not in dtypes.STORED:
+            return _Layout(wrong=f"tensor {spec.name!r} has unknown type {spec.dtype!r}")
+        if spec.codec not in CODECS:
+            return _Layout(wrong=f"tensor {spec.name!r} has unknown codec {spec.codec!r}")
+        if (
+            spec.offset != end
+            or min(spec.shape, default=0) < 0
+            or spec.length < 0
+            or (spec.codec == RAW) != (spec.stored_bytes is None)
+        ):
+            return _Layout(wrong=f"shape or offset of {spec.name!r} do not fit")
+        end += spec.length
+    return _Layout(
+        tensors=tuple((spec, dtypes.STORED[spec.dtype][1], spec.count) for spec in specs),
+        length=end,
+        plain=all(spec.codec == RAW and spec.dtype in dtypes.PLAIN for spec in specs),
     )
 
 
-def _digest(key: str, specs: Sequence[TensorSpec], bodies: Sequence[memoryview]) -> str:
-    shapes = [[spec.name, spec.dtype, list(spec.shape)] for spec in specs]
-    hasher = blake3(canonical_json({"key": key, "tensors": shapes}))
+def _arrays(layout: _Layout, data: bytearray | memoryview) -> dict[str, Array]:
+    """What readers get of an entry's checked bytes. Raises ValueError where these cannot be restored."""
+    if layout.plain:
+        return {
+            spec.name: np.frombuffer(data, kind, count, spec.offset).reshape(spec.shape)
+            for spec, kind, count in layout.tensors
+        }
+    return dtypes.restored(
+        {spec.name: (spec.dtype, _array(spec, data)) for spec, _, _ in layout.tensors}
+    )
+
+
+def _array(spec: TensorSpec, data: bytearray | memoryview) -> Array:
+    """One tensor out of an entry's bytes, as stored."""
+    kind = dtypes.STORED[spec.dtype][1]
+    if spec.codec == RAW:
+        array = np.frombuffer(data, dtype=kind, count=spec.count, offset=spec.offset)
+    else:
+        stored = memoryview(data)[spec.offset : spec.offset + spec.length]
+        array = codec.decompress(stored, kind, spec.count)
+    return array.reshape(spec.shape)
+
+
+def _digest(key: str, specs: Sequence[TensorSpec], bodies: Sequence[memoryview | bytes]) -> str:
+    # The canonical JSON of {"key": key, "tensors": shapes}, put together: clips have the same shapes.
+    plain = key.isascii() and key.isalnum()  # hex digits: nothing to escape
+    head = b'{"key":%s,"tensors":%s}' % (
+        b'"%s"' % key.encode() if plain else canonical_json(key),
+        _shapes_json(tuple(specs)),
+    )
+    if sum([memoryview(body).nbytes for body in bodies]) <= JOIN_BYTES:
+        return blake3(b"".join([head, *bodies])).hexdigest()
+    hasher = blake3(head)
     for body in bodies:
         hasher.update(body)
     return hasher.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _shapes_json(specs: tuple[TensorSpec, ...]) -> bytes:
+    shapes = [
+        [spec.name, spec.dtype, list(spec.shape)]
+        + ([] if spec.codec == RAW else [spec.codec, spec.length])
+        for spec in specs
+    ]
+    return canonical_json(shapes)

@@ -5,6 +5,10 @@ gap apart are fetched together, and long stretches are cut into pieces of 8 MiB:
 request is mostly latency, far above it a single connection is the limit. obstore's own `get_ranges`
 does the first but not the second, and holds at most ten requests in flight for one file, which is
 why the plan is made here.
+
+A gap is worth fetching when that costs less than one more request: 80 µs of CPU against 1 s a GB,
+with hundreds of requests in flight to hide latency. With gaps of 1 MiB, 256 samples of 48 KiB
+scattered over a pack pulled two thirds of it.
 """
 
 from __future__ import annotations
@@ -12,8 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GAP_BYTES = 1 << 20
+import numpy as np
+
+GAP_BYTES = 64 << 10
 PIECE_BYTES = 8 << 20
+SLAB_BYTES = 32 << 20
+ALIGNMENT = 64
 
 Range = tuple[int, int]
 """(offset, length) in bytes."""
@@ -52,16 +60,35 @@ def plan(
     return pieces + (_cut(ranges, group, stop, piece_bytes) if group else [])
 
 
+def allocate(ranges: Sequence[Range]) -> list[memoryview]:
+    """Writable memory for each range, on cache lines, many of them in one allocation of up to SLAB_BYTES.
+
+    Memory that is new to a process costs a page fault for every 4 KiB, six times as much as copying the bytes.
+    numpy asks for huge pages when it allocates 4 MiB or more.
+    """
+    slots: list[tuple[int, int, int]] = []
+    sizes: list[int] = []
+    for _, length in ranges:
+        room = -(-length // ALIGNMENT) * ALIGNMENT
+        if not sizes or sizes[-1] + room > SLAB_BYTES:
+            sizes.append(0)
+        slots.append((len(sizes) - 1, sizes[-1], sizes[-1] + length))
+        sizes[-1] += room
+    slabs = [np.empty(size, np.uint8).data for size in sizes]
+    return [slabs[slab][start:stop] for slab, start, stop in slots]
+
+
 def scatter(
-    piece: Piece, data: memoryview, ranges: Sequence[Range], buffers: Sequence[bytearray]
+    piece: Piece, data: memoryview, ranges: Sequence[Range], buffers: Sequence[memoryview]
 ) -> None:
     """Copy one answer into every buffer it serves; `buffers[i]` is as long as `ranges[i]`."""
+    source = np.frombuffer(data, np.uint8)
     for index in piece.serves:
         offset, length = ranges[index]
         start, stop = max(piece.start, offset), min(piece.stop, offset + length)
-        buffers[index][start - offset : stop - offset] = data[
-            start - piece.start : stop - piece.start
-        ]
+        # By numpy, which lets other threads run while it copies.
+        target = np.frombuffer(buffers[index], np.uint8)
+        target[start - offset : stop - offset] = source[start - piece.start : stop - piece.start]
 
 
 def _cut(ranges: Sequence[Range], group: Sequence[int], stop: int, piece_bytes: int) -> list[Piece]:

@@ -63,6 +63,9 @@ class File:
     found: dict[str, Entry] = field(default_factory=dict)
     lost: dict[str, Undecoded] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
+    """What the encoders are given, by stream."""
+    decode_s: dict[str, float] = field(default_factory=dict)
+    """Streams that were decoded from the media, with the seconds it took; others came from the cache."""
     decoded: bool = False
 
 
@@ -73,6 +76,7 @@ def file_to_table(file: File) -> pa.Table:
         "version": file.version,
         "num_bytes": file.num_bytes,
         "seconds": dict(file.seconds),
+        "decode_s": file.decode_s,
         "found": {stream: asdict(entry) for stream, entry in file.found.items()},
         "lost": {stream: asdict(lost) for stream, lost in file.lost.items()},
         "arrays": [[s, str(array.dtype), list(array.shape)] for s, array in file.arrays.items()],
@@ -103,6 +107,7 @@ def file_from_row(row: Mapping[str, Any]) -> File:
         found={stream: _entry(entry) for stream, entry in head["found"].items()},
         lost={stream: Undecoded(**lost) for stream, lost in head["lost"].items()},
         arrays=arrays,
+        decode_s=head["decode_s"],
         decoded=head["decoded"],
     )
 

@@ -14,6 +14,7 @@ import random
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,20 @@ from pathlib import Path
 import psutil
 import pytest
 from support.cache_truth import Truth, committed, num_commits, problems, truth_of
+from support.cheap_clips import make_clips
 from support.crab_runs import CrabRun, describe, is_agent, kill, ray_home, wait_for
 from support.opens import Opens
 from support.planted_publish import COMMIT_FIRST, PACK_FIRST, killed_mark
+from support.small_jobs import Encoders, spec_record
 
 from crab.synth.dataset import synthesise
 
 KILLS = 10
+WORKER_KILLS = 50
 CLIPS_PER_PACK = 2
 PLANTED = "from support.planted_publish import main; main()"
 NO_FAULTS = "no-faults"
-FULL_CLIPS = 96
+FULL_CLIPS = 500
 QUICK_CLIPS = 24
 
 pytestmark = pytest.mark.ray
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.ray
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A preprocess job over AV-Shapes, each clip a video and an audio stream."""
+    """A preprocess job over clips with a video and an audio stream each."""
 
     spec: Path
     clips: Path
@@ -87,6 +91,20 @@ def make_job(folder: Path, num_clips: int, env: dict[str, str]) -> Job:
     )
 
 
+def make_cheap_job(folder: Path, num_clips: int, env: dict[str, str]) -> Job:
+    """Many clips that cost little: what counts is how often something is killed, not what is in them."""
+    clips = make_clips(folder / "clips", num_clips)
+    record = spec_record(clips, str(folder / "cache"), Encoders(folder).record()) | {
+        "name": "kills",
+        "runs": str(folder / "runs"),
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "pipeline": {"clips_per_pack": CLIPS_PER_PACK, "encode_cpus": 0.5},
+    }
+    path = folder / "kills.yaml"
+    path.write_text(json.dumps(record))
+    return Job(spec=path, clips=clips, num_clips=num_clips, env=env, folder=folder)
+
+
 def start_planted(job: Job, *names: str) -> CrabRun:
     """Whole runs, one after the other on one cluster; the names of the caches say what is planted."""
     caches = [str(job.folder / name) for name in names]
@@ -116,7 +134,7 @@ def planted_runs(planted: Job) -> Iterator[CrabRun]:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Job:
-    return make_job(tmp_path_factory.mktemp("full"), FULL_CLIPS, env)
+    return make_cheap_job(tmp_path_factory.mktemp("full"), FULL_CLIPS, env)
 
 
 @pytest.fixture(scope="module")
@@ -283,27 +301,35 @@ def test_driver_killed(
 
 
 @pytest.mark.faults
-def test_encode_actor_killed(full: Job, full_truth: Truth, rng: random.Random) -> None:
-    cache = full.folder / "actors"
+def test_random_worker_killed(full: Job, full_truth: Truth, rng: random.Random) -> None:
+    """Encode actors and decode children, one or the other by chance, in one run (A4)."""
+    cache = full.folder / "workers"
     began = time.monotonic()
-    hits = 0
+    hits = Counter[str]()
+    child_killed_at = -1
     with Opens(full.clips) as opens:
         run = full.start(cache)
         try:
-            for kill_number in range(KILLS):
-                assert wait_for_moment(run, full, cache, opens, rng, KILLS - kill_number)
-                actors = run.encode_actors()
-                assert len(actors) == 1
-                hits += kill(actors[0]) and in_the_middle(full, cache)
+            for kill_number in range(WORKER_KILLS):
+                left = WORKER_KILLS - kill_number
+                assert wait_for_moment(run, full, cache, opens, rng, left)
+                kind = rng.choice(["actor", "child"])
+                # A clip gets two attempts, so between two kills of its child there is a commit.
+                if kind == "child" and num_commits(cache) > child_killed_at:
+                    victims = wait_for_child(run)
+                    child_killed_at = num_commits(cache)
+                else:
+                    kind, victims = "actor", wait_for(run.encode_actors, "an encode actor")
+                hits[kind] += kill(rng.choice(victims)) and in_the_middle(full, cache)
             result = check_end(full, cache, run, full_truth)
         finally:
             run.end_all()
         again = opens.read_again()
-    assert hits >= KILLS - 2
-    assert result["encoded"] == 2 * full.num_clips
-    assert len(again) <= KILLS * CLIPS_PER_PACK
-    print(f"{hits} of {KILLS} in the middle, {len(again)} clips read again")
+    print(f"{dict(hits)} of {WORKER_KILLS} in the middle, {len(again)} clips read again")
     print(f"{time.monotonic() - began:.0f} s; {result}")
+    assert hits.total() >= WORKER_KILLS - 5
+    assert result["encoded"] == 2 * full.num_clips
+    assert len(again) <= WORKER_KILLS * CLIPS_PER_PACK
 
 
 @pytest.mark.faults

@@ -119,16 +119,16 @@ def test_same_media_at_two_urls_is_stored_once_and_known_at_both(tmp_path: Path)
     assert len(index) == 1
     assert index.duplicates == 0
     for url, version in (("s3://elsewhere/1.mp4", "etag"), ("file:///media/1.mp4", "1-1")):
-        assert index.known_media(url, version) == key(1).media_sha256
-    assert index.known_media("file:///media/1.mp4", "changed") is None
-    assert index.known_media("", "") is None
+        assert index.known_media([(url, version)]) == [key(1).media_sha256]
+    assert index.known_media([("file:///media/1.mp4", "changed")]) == [None]
+    assert index.known_media([("", ""), ("file:///media/1.mp4", None)]) == [None, None]
 
 
 def test_media_that_commits_disagree_on_is_not_known(tmp_path: Path) -> None:
     cache = FeatureCache(open_store(tmp_path))
     cache.commit([entry(1)])
     cache.commit([replace(entry(2), source_url="file:///media/1.mp4", source_version="1-1")])
-    assert cache.index().known_media("file:///media/1.mp4", "1-1") is None
+    assert cache.index().known_media([("file:///media/1.mp4", "1-1")]) == [None]
 
 
 def test_one_key_with_two_features_in_one_commit_is_refused(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_lookups_and_reads_make_few_requests(s3: S3Server, monkeypatch: pytest.M
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         cache = FeatureCache(open_store(url))
         index = cache.index()
-        assert len(seen) == 1 + 3  # one LIST, three commits
+        assert len(seen) == 3 + 3  # LIST of commits, quarantine and snapshots; three commits
         found = index.lookup(key(n).digest for n in range(100))
         assert len(found) == 60
-        assert index.known_media("file:///media/7.mp4", "7-1") == key(7).media_sha256
-        assert len(seen) == 4  # nothing more
+        assert index.known_media([("file:///media/7.mp4", "7-1")]) == [key(7).media_sha256]
+        assert len(seen) == 6  # nothing more
         cache.read([found[key(n).digest] for n in reversed(numbers)])
-        assert len(seen) == 4 + 3  # one range a pack
+        assert len(seen) == 6 + 3  # one range a pack
     assert {method for method, _ in seen} == {"GET"}
 
 

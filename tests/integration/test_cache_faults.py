@@ -120,7 +120,7 @@ def test_a_commit_of_a_newer_schema_is_skipped_with_a_reason(store: Store, damag
     old, new = cache.commit([entry(1)])[0], cache.commit([entry(2)])[0]
 
     def newer(table: pa.Table) -> pa.Table:
-        return pa.table({"schema": pa.array([2], pa.int32()), "unheard_of": ["x"]})
+        return pa.table({"schema": pa.array([3], pa.int32()), "unheard_of": ["x"]})
 
     rewrite_commit(store, new, damage, newer)
     index = cache.index()

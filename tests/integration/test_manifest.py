@@ -14,11 +14,11 @@ from servers.seaweedfs import S3Server
 from crab_platform.cache import FeatureCache
 from crab_platform.catalog import (
     CorruptManifest,
-    ManifestReader,
     ManifestRow,
     read_manifest,
     write_manifest,
 )
+from crab_platform.manifest_reader import ManifestReader
 from crab_platform.packs import Entry
 from crab_platform.storage import Store, open_store
 

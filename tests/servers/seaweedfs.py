@@ -18,10 +18,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 START_LIMIT_S = 60.0
 REGION = "us-east-1"
@@ -29,7 +30,7 @@ REGION = "us-east-1"
 
 @dataclass(frozen=True, kw_only=True)
 class S3Server:
-    """A running server: one bucket, one identity, and the process that serves it."""
+    """A running server: one bucket, an identity that may do everything, and the process that serves it."""
 
     endpoint: str
     bucket: str
@@ -41,16 +42,45 @@ class S3Server:
         """The `s3://` URL of a prefix in the bucket."""
         return f"s3://{self.bucket}/{prefix}"
 
-    def env(self) -> dict[str, str]:
-        """The AWS_* variables that lead a client here."""
+    def client(self) -> Any:
+        """A botocore client, for what a store cannot do."""
+        import botocore.session  # only the helpers need it; it comes with s3fs
+        from botocore.config import Config
+
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
+        )
+
+    def create_bucket(self, name: str) -> None:
+        """One more bucket."""
+        self.client().create_bucket(Bucket=name)
+
+    def env(self, who: Tenant | None = None) -> dict[str, str]:
+        """The AWS_* variables that lead a client here, as the one who may do everything or as somebody else."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": who.access_key if who else self.access_key,
+            "AWS_SECRET_ACCESS_KEY": who.secret_key if who else self.secret_key,
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """An identity with rights of its own."""
+
+    name: str
+    access_key: str
+    secret_key: str
+    actions: tuple[str, ...]
+    """Read, Write, List; of one bucket alone as Read:BUCKET."""
 
 
 def weed_path() -> str | None:
@@ -73,8 +103,12 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def seaweedfs(folder: Path, *, bucket: str = "crab-test") -> Iterator[S3Server]:
+def seaweedfs(
+    folder: Path, *, bucket: str = "crab-test", tenants: Sequence[Tenant] = ()
+) -> Iterator[S3Server]:
     """Start a server that keeps everything under `folder`, create `bucket`, and stop it at the end.
+
+    The identity that is returned may do everything; `tenants` only what they say.
 
     Raises RuntimeError with the end of the server's log when it does not answer within
     START_LIMIT_S.
@@ -85,7 +119,7 @@ def seaweedfs(folder: Path, *, bucket: str = "crab-test") -> Iterator[S3Server]:
     folder.mkdir(parents=True, exist_ok=True)
     access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
     identities = folder / "identities.json"
-    identities.write_text(json.dumps(_identities(access_key, secret_key)))
+    identities.write_text(json.dumps(_identities(access_key, secret_key, tenants)))
     identities.chmod(0o600)
     ports = free_ports(8)
     (folder / "data").mkdir(exist_ok=True)
@@ -113,10 +147,19 @@ def seaweedfs(folder: Path, *, bucket: str = "crab-test") -> Iterator[S3Server]:
         _stop(process)
 
 
-def _identities(access_key: str, secret_key: str) -> dict[str, object]:
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
-    return {"identities": [{"name": "crab", "credentials": credentials, "actions": actions}]}
+def _identities(access_key: str, secret_key: str, tenants: Sequence[Tenant]) -> dict[str, object]:
+    everything = ("Admin", "Read", "Write", "List", "Tagging")
+    admin = Tenant(name="crab", access_key=access_key, secret_key=secret_key, actions=everything)
+    return {
+        "identities": [
+            {
+                "name": one.name,
+                "credentials": [{"accessKey": one.access_key, "secretKey": one.secret_key}],
+                "actions": list(one.actions),
+            }
+            for one in (admin, *tenants)
+        ]
+    }
 
 
 def _command(weed: str, folder: Path, identities: Path, ports: list[int]) -> list[str]:
@@ -149,18 +192,9 @@ def _create_bucket(server: S3Server, process: subprocess.Popen[bytes], log_path:
     """Ask for the bucket until the server answers: the S3 port opens before the filer behind it is
     ready.
     """
-    import botocore.session  # only the helper needs it; it comes with s3fs
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = botocore.session.Session().create_client(
-        "s3",
-        endpoint_url=server.endpoint,
-        region_name=REGION,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
-    )
+    client = server.client()
     deadline = time.monotonic() + START_LIMIT_S
     last: Exception | None = None
     while time.monotonic() < deadline and process.poll() is None:

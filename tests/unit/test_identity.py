@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from crab_platform.identity import (
     ABSENT,
+    DecodedKey,
     FeatureKey,
     canonical_json,
     differing_fields,
@@ -38,6 +39,12 @@ FIELDS: dict[str, Any] = {
 GOLDEN_VIDEO = "4b2da07248c8401fdcac3eaab2174ddbeb495429e9604ea41948fcd3f4006a61"
 GOLDEN_AUDIO = "12128f6242d02dce3395eef7e87b408ad017b96e1b017f608e88d58dd0808855"
 
+BLOSC2 = "blosc2-shuffle-zstd1"
+GOLDEN_CODEC = "841ab56c959ca24043c6e4934326cb36ca96ef6dc2467659b5ccba7caeefcf54"
+GOLDEN_INT8 = "f09304e8c48a9a43805e60e1bfec32ed28a25a70dcb900f7bd12406d6eb45332"
+GOLDEN_DECODED = "0132e0ded61caf33e5b38cb13a199a9c3b4161af9a6dcd2f85c14355a460cf84"
+GOLDEN_DECODED_CODEC = "93a600ce1362ef6e4a7c61f7220ef9eae89f5309f8820ee01883f94b34afc0c3"
+
 AUDIO: dict[str, Any] = {
     "media_sha256": "01" * 32,
     "stream": "audio",
@@ -46,6 +53,32 @@ AUDIO: dict[str, Any] = {
     "encoder": {"name": "beats", "weights_sha256": "ef" * 32, "layers": ["tokens"]},
     "dtype": "bfloat16",
 }
+
+
+def leaves(record: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all values that are not dicts."""
+    found: list[tuple[str, ...]] = []
+    for name, value in record.items():
+        found += leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name)]
+    return found
+
+
+def changed(record: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """A copy with one value replaced by another of its kind."""
+    record = copy.deepcopy(record)
+    holder = record
+    for name in path[:-1]:
+        holder = holder[name]
+    old = holder[path[-1]]
+    if path == ("dtype",):
+        holder[path[-1]] = "float32"
+    elif isinstance(old, str):
+        holder[path[-1]] = old[:-1] + ("0" if old[-1] != "0" else "1")
+    elif isinstance(old, list):
+        holder[path[-1]] = [*old, 24]
+    else:
+        holder[path[-1]] = old + 1
+    return record
 
 
 def test_canonical_json_is_sorted_compact_utf8() -> None:
@@ -94,9 +127,63 @@ def test_order_of_insertion_does_not_matter(value: dict[str, object]) -> None:
     assert canonical_json(value) == canonical_json(dict(reversed(value.items())))
 
 
-@pytest.mark.parametrize(("fields", "golden"), [(FIELDS, GOLDEN_VIDEO), (AUDIO, GOLDEN_AUDIO)])
+@pytest.mark.parametrize(
+    ("fields", "golden"),
+    [
+        (FIELDS, GOLDEN_VIDEO),
+        (FIELDS | {"codec": "raw"}, GOLDEN_VIDEO),
+        (FIELDS | {"codec": BLOSC2}, GOLDEN_CODEC),
+        (FIELDS | {"dtype": "int8"}, GOLDEN_INT8),
+        (AUDIO, GOLDEN_AUDIO),
+    ],
+)
 def test_golden_keys(fields: dict[str, Any], golden: str) -> None:
     assert FeatureKey(**fields).digest == golden
+
+
+DECODED = {name: value for name, value in FIELDS.items() if name not in ("encoder", "dtype")}
+
+
+@pytest.mark.parametrize(
+    ("codec", "golden"), [("raw", GOLDEN_DECODED), (BLOSC2, GOLDEN_DECODED_CODEC)]
+)
+def test_golden_keys_of_decoded_windows(codec: str, golden: str) -> None:
+    assert DecodedKey(**DECODED, codec=codec).digest == golden
+
+
+def test_a_codec_that_is_raw_leaves_no_trace_in_the_record() -> None:
+    assert "codec" not in FeatureKey(**FIELDS).record()
+    raw, small = FeatureKey(**FIELDS).record(), FeatureKey(**FIELDS, codec=BLOSC2).record()
+    assert differing_fields(raw, small) == {"codec": (ABSENT, BLOSC2)}
+
+
+def test_decoded_windows_know_nothing_of_the_encoder_and_say_their_level() -> None:
+    record = DecodedKey(**DECODED).record()
+    assert record == {"schema": 1, "level": "decoded", **DECODED}
+
+
+@pytest.mark.parametrize("path", leaves(DECODED), ids=".".join)
+def test_every_field_of_decoded_windows_changes_their_key(path: tuple[str, ...]) -> None:
+    one, other = DecodedKey(**DECODED), DecodedKey(**changed(DECODED, path))
+    assert one.digest != other.digest
+    assert list(differing_fields(one.record(), other.record())) == [".".join(path)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("media_sha256", "xy", ValueError),
+        ("stream", "", ValueError),
+        ("codec", "lz4", ValueError),
+        ("sampling", {"fps": 1.5}, TypeError),
+        ("decode", [1], TypeError),
+    ],
+)
+def test_bad_fields_of_decoded_windows_are_refused_by_name(
+    field: str, value: object, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=field):
+        DecodedKey(**(DECODED | {field: value}))
 
 
 def test_key_is_the_same_in_another_process() -> None:
@@ -112,32 +199,6 @@ def test_key_is_the_same_in_another_process() -> None:
         check=True,
     )
     assert done.stdout.strip() == GOLDEN_VIDEO
-
-
-def leaves(record: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Paths of all values that are not dicts."""
-    found: list[tuple[str, ...]] = []
-    for name, value in record.items():
-        found += leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name)]
-    return found
-
-
-def changed(record: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """A copy with one value replaced by another of its kind."""
-    record = copy.deepcopy(record)
-    holder = record
-    for name in path[:-1]:
-        holder = holder[name]
-    old = holder[path[-1]]
-    if path == ("dtype",):
-        holder[path[-1]] = "float32"
-    elif isinstance(old, str):
-        holder[path[-1]] = old[:-1] + ("0" if old[-1] != "0" else "1")
-    elif isinstance(old, list):
-        holder[path[-1]] = [*old, 24]
-    else:
-        holder[path[-1]] = old + 1
-    return record
 
 
 @pytest.mark.parametrize("path", leaves(FIELDS), ids=".".join)
@@ -179,7 +240,9 @@ def test_a_key_does_not_change_with_the_dict_it_was_made_from() -> None:
         ("media_sha256", "AB" * 32, ValueError),
         ("media_sha256", "", ValueError),
         ("stream", "", ValueError),
-        ("dtype", "int8", ValueError),
+        ("dtype", "int4", ValueError),
+        ("dtype", "uint8", ValueError),
+        ("codec", "zstd", ValueError),
         ("sampling", {"fps": 1.5}, TypeError),
         ("encoder", ["clip"], TypeError),
     ],

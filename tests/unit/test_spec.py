@@ -108,7 +108,7 @@ def test_paths_become_absolute_and_urls_stay(
     monkeypatch.chdir(tmp_path)
     spec = parse_spec(TRAIN | {"features": {"cache": "s3://b/p", "manifest": "m"}})
     assert isinstance(spec, TrainSpec)
-    assert spec.features.cache == "s3://b/p"
+    assert spec.features.cache.url == "s3://b/p"
     assert spec.data[0].samples == str(tmp_path / "s.jsonl")
     assert spec.runs == str(tmp_path / "work" / "runs")
     assert spec.tracking.uri == f"sqlite:///{tmp_path}/work/mlflow.db"

@@ -1,0 +1,73 @@
+"""The cache of a spec: opened, held while a job reads it, and told afterwards what the job took from it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from crab_platform.cache import FeatureCache
+from crab_platform.catalog import Manifest
+from crab_platform.commits import NOBODY, Writer
+from crab_platform.holding import hold_manifest
+from crab_platform.leases import kept
+from crab_platform.local_tier import LocalTier
+from crab_platform.storage import StoreError, StoreUnreachable, open_store
+from crab_platform.trust import Signer, Trust
+from crab_platform.usage import Usage, write_usage
+from jobs.output import line
+from jobs.spec_cache import SIGNING_KEY_VARIABLE, Cache
+from jobs.spec_errors import SpecError
+
+
+def open_cache(cache: Cache, writer: Writer = NOBODY) -> FeatureCache:
+    """The cache of a spec. Touches nothing; raises SpecError when it signs and no key is given."""
+    signer = None
+    if cache.zone:
+        key_file = os.environ.get(SIGNING_KEY_VARIABLE)
+        if not key_file:
+            raise SpecError(
+                f"cache.zone is {cache.zone!r}, but {SIGNING_KEY_VARIABLE} does not name the file of its private key; "
+                "make one with `crab cache keygen FILE`"
+            )
+        signer = Signer(cache.zone, os.path.abspath(key_file))
+    return FeatureCache(
+        open_store(cache.url),
+        writer=writer,
+        signer=signer,
+        trust=Trust(cache.trust),
+        layers=[open_store(url) for url in cache.read_through],
+        local=LocalTier(cache.local.folder, int(cache.local.max_gb * 1e9)) if cache.local else None,
+    )
+
+
+@contextmanager
+def held(cache: Cache, manifest: Manifest, job: str) -> Iterator[None]:
+    """Keeps garbage collection away from the features of a manifest while the block lasts.
+
+    Raises FeaturesGone when they are deleted, or about to be.
+    """
+    holders = hold_manifest(open_cache(cache), manifest, job, whoami())
+    try:
+        with kept(holders):
+            yield
+    finally:
+        for holder in holders:
+            # A lease that cannot be given back dies by itself.
+            with suppress(StoreError):
+                holder.release()
+
+
+def record_usage(cache: Cache, usage: Usage) -> None:
+    """Writes what a job took from a cache and gave to it; a cache that we may only read does not learn of it."""
+    try:
+        write_usage(open_store(cache.url), usage)
+    except StoreUnreachable as error:
+        line(f"what this job used is not in the cache's records: {error}")
+
+
+def whoami() -> str:
+    """User and machine, for leases and pins."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"

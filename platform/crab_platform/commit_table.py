@@ -1,0 +1,71 @@
+"""Every commit of a cache and what it holds, as garbage collection and compaction look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from crab_platform.cache import load_index
+from crab_platform.commits import COMMITS
+from crab_platform.identity import WINDOW
+from crab_platform.storage import Store
+from crab_platform.trust import SIGNATURE_WRONG, Trust, parse_path
+
+Content = tuple[str, str]
+"""(key, blake3): what an entry is, wherever it lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitTable:
+    """What every commit of a store holds, by its path."""
+
+    commits: dict[str, list[Content]]
+    """Without what is in quarantine."""
+    packs: dict[str, set[str]]
+    """Commit -> the packs that its rows name; one, of those that we wrote."""
+    windows: dict[Content, str]
+    """Decoded windows, which stand in no manifest -> SHA-256 of their media."""
+    ids: dict[str, str]
+    zones: dict[str, str]
+    forged: set[str]
+    left_alone: dict[str, str]
+    """Path -> reason: of other zones, of a newer version, unreadable. Not ours to judge."""
+
+    @classmethod
+    def load(cls, store: Store, trust: Trust) -> CommitTable:
+        """Reads every commit."""
+        names = [name for path in store.list(COMMITS) if (name := parse_path(path)) is not None]
+        index = load_index(store, trust)
+        path_of = {name.identifier: name.path for name in names}
+        skipped = index.skipped_commits
+        table = cls(
+            commits={},
+            packs={},
+            windows={},
+            ids={name.path: name.identifier for name in names},
+            zones={name.path: name.zone for name in names},
+            forged={path for path, reason in skipped.items() if reason == SIGNATURE_WRONG},
+            left_alone={p: reason for p, reason in skipped.items() if reason != SIGNATURE_WRONG},
+        )
+        for entry, media in index.entries_with_media():
+            # One that came since the listing is young: it is never condemned, but its pack is alive.
+            path = path_of.get(entry.commit, f"{COMMITS}/{entry.commit}")
+            table.ids.setdefault(path, entry.commit)
+            table.zones.setdefault(path, "")
+            table.commits.setdefault(path, []).append((entry.key, entry.blake3))
+            table.packs.setdefault(path, set()).add(entry.pack)
+            if [spec.name for spec in entry.tensors] == [WINDOW]:
+                table.windows[entry.key, entry.blake3] = media
+        return table
+
+    def kept(self, needed: Iterable[Content], *, exclude: set[str]) -> set[str]:
+        """Commits that hold the earliest copy, of each zone, of something that is needed."""
+        wanted = set(needed)
+        first: dict[tuple[Content, str], str] = {}
+        for path in sorted(self.commits, key=self.ids.__getitem__):
+            if path in exclude:
+                continue
+            for content in self.commits[path]:
+                if content in wanted:
+                    first.setdefault((content, self.zones[path]), path)
+        return set(first.values())

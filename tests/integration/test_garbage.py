@@ -1,0 +1,117 @@
+"""Garbage collection with the clock moved on: what is needed stays, all else goes, and it says why.
+
+That it holds when everything happens at once is for the simulation (tests/simulation).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import entry, key
+from support.small_jobs import Later
+
+from crab_platform.cache import FeatureCache
+from crab_platform.catalog import Manifest, ManifestRow
+from crab_platform.garbage import DAY_S, NO_COMMIT, NOT_HELD, NOT_NEEDED, TAKEN_BACK, Collector
+from crab_platform.holding import hold_job, pin_manifest, publish_manifest
+from crab_platform.identity import WINDOW, DecodedKey
+from crab_platform.manifest_reader import ManifestReader
+from crab_platform.packs import Entry, new_entry
+from crab_platform.pins import Pin, remove_pin
+from crab_platform.quarantine import CORRUPT, bad_entry, write_quarantine
+from crab_platform.storage import open_store
+
+
+@pytest.fixture
+def clock() -> Later:
+    return Later()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, clock: Later) -> FeatureCache:
+    return FeatureCache(open_store(tmp_path), clock=clock)
+
+
+def publish(cache: FeatureCache, entries: list[Entry], keep_s: float = 60) -> Manifest:
+    rows = [
+        ManifestRow(
+            source=f"clip-{n}",
+            stream="video",
+            status="ready",
+            media_sha256=key(n).media_sha256,
+            entry=one,
+        )
+        for n, one in enumerate(entries)
+    ]
+    return publish_manifest(hold_job(cache, "job"), rows, keep_s=keep_s)
+
+
+def collect(cache: FeatureCache, clock: Later) -> dict[str, str]:
+    """Both phases: condemned when the grace is over, deleted when the wait is over; path -> why."""
+    collector = Collector(cache.store, clock=clock)
+    clock.ahead_s += 8 * DAY_S
+    assert collector.run(apply=True).deleted == {}
+    clock.ahead_s += 4 * DAY_S
+    return collector.run(apply=True).deleted
+
+
+def test_what_a_pin_needs_stays_and_all_else_goes(cache: FeatureCache, clock: Later) -> None:
+    placed = [cache.commit([entry(n)])[0] for n in range(4)]
+    kept = publish(cache, placed[:2])
+    publish(cache, placed[2:])
+    pin_manifest(cache, Pin(project="p", name="n", manifest=kept.digest))
+    gone = collect(cache, clock)
+    assert set(gone.values()) == {NOT_NEEDED, NOT_HELD}
+    assert set(cache.index()) == {one.key for one in placed[:2]}
+    assert len(cache.store.list("packs")) == 2
+    ManifestReader(cache, kept).read([("clip-0", "video"), ("clip-1", "video")])
+    remove_pin(cache.store, "p", "n")
+    collect(cache, clock)
+    assert cache.store.list() == []
+
+
+def test_a_dry_pass_writes_nothing(cache: FeatureCache, clock: Later, tmp_path: Path) -> None:
+    cache.commit([entry(1)])
+    clock.ahead_s += 8 * DAY_S
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    report = Collector(cache.store, clock=clock).run(apply=False)
+    assert list(report.condemned.values()) == [NOT_NEEDED]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_young_are_left_alone_whoever_needs_them(cache: FeatureCache, clock: Later) -> None:
+    cache.commit([entry(1)])
+    clock.ahead_s += 6 * DAY_S
+    assert Collector(cache.store, clock=clock).run(apply=True).condemned == {}
+
+
+def test_orphans_and_what_was_taken_back_are_garbage(cache: FeatureCache, clock: Later) -> None:
+    (bad,) = cache.commit([entry(1)])
+    write_quarantine(cache.store, [bad_entry(bad, CORRUPT, "")], clock=clock)
+    (orphan,) = cache.commit([entry(2)])
+    cache.store.delete(f"commits/{orphan.commit}.parquet")
+    gone = collect(cache, clock)
+    assert gone[f"commits/{bad.commit}.parquet"] == TAKEN_BACK
+    assert gone[orphan.pack] == NO_COMMIT
+    assert not cache.store.list("packs")
+
+
+def test_decoded_windows_stay_as_long_as_features_of_their_clips(
+    cache: FeatureCache, clock: Later
+) -> None:
+    def window(number: int) -> DecodedKey:
+        one = key(number)
+        return DecodedKey(
+            media_sha256=one.media_sha256, stream="video", sampling={"num_frames": 3}, decode={}
+        )
+
+    frames = {WINDOW: np.zeros((3, 4, 4, 3), np.uint8)}
+    placed = [cache.commit([entry(n)])[0] for n in range(2)]
+    for number in range(2):
+        cache.commit([new_entry(window(number), frames)])
+    kept = publish(cache, placed[:1])
+    pin_manifest(cache, Pin(project="p", name="n", manifest=kept.digest))
+    collect(cache, clock)
+    assert set(cache.index()) == {placed[0].key, window(0).digest}
