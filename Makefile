@@ -4,12 +4,13 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 CLIPS ?= 200
+BENCH_CLIPS ?= 10000
 READY := $(VENV)/ready
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter lock clean
+.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter bench-cache bench-dtypes bench-plan replay lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -31,7 +32,7 @@ test: setup  ## all tests but the slow ones and the full fault suite
 test-slow: setup  ## tests that take minutes each
 	$(BIN)/pytest -q -m slow
 
-test-faults: setup  ## the full fault suite: processes killed at random, ten times each
+test-faults: setup  ## the full fault suite: processes killed, answers lost, disks full, 100,000 simulated histories
 	$(BIN)/pytest -q -m faults
 
 check: lint types imports test  ## what CI runs
@@ -45,10 +46,25 @@ types: setup  ## mypy: strict for crab_platform and jobs
 imports: setup  ## import-linter: the arrows between the packages
 	$(BIN)/lint-imports
 
-bench: bench-adapter  ## all benchmarks
+bench: bench-adapter bench-cache bench-dtypes bench-plan  ## all benchmarks
 
 bench-adapter: setup  ## the interaction LoRA's layer beside PEFT's LoRA and a loop over heads
 	$(BIN)/python benchmarks/adapter_layer.py
+
+bench-dtypes: setup  ## bytes, errors and speed of every stored type and codec, on features of real clips
+	PYTHONPATH=. $(BIN)/python benchmarks/feature_dtypes.py
+
+bench-cache: setup  ## the cache beside raw sockets, s3fs, boto3, pyarrow, lance, webdataset, safetensors (BENCH_CLIPS=10000)
+	@benchmarks/peers.sh $(BIN)/python work/bench/peers
+	@status=0; for part in read lookup latency warm; do \
+	  PYTHONPATH=$(CURDIR):$(CURDIR)/work/bench/peers $(BIN)/python benchmarks/cache_$$part.py \
+	    $$(test $$part = warm && echo --clips $(BENCH_CLIPS)) || status=1; done; exit $$status
+
+bench-plan: setup  ## plan of 1,000,000 clips against a real store: seconds, memory, requests
+	$(BIN)/python benchmarks/plan_scale.py
+
+replay: setup  ## one history of the cache simulation, by its seed: make replay SEED=123
+	PYTHONPATH=tests $(BIN)/python -m simulation.run --seed $(SEED) --trace
 
 lock: setup  ## resolve requirements/*.txt anew from pyproject.toml
 	$(BIN)/python requirements/make_lock.py
