@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from crab_platform.cache import FeatureCache
 from crab_platform.catalog import Manifest
@@ -18,6 +19,7 @@ from crab_platform.storage import StoreError, StoreUnreachable, open_store
 from crab_platform.trust import Signer, Trust
 from crab_platform.usage import Usage, write_usage
 from jobs.output import line
+from jobs.spec import EvaluateSpec, TrainSpec
 from jobs.spec_cache import SIGNING_KEY_VARIABLE, Cache
 from jobs.spec_errors import SpecError
 
@@ -66,6 +68,27 @@ def record_usage(cache: Cache, usage: Usage) -> None:
         write_usage(open_store(cache.url), usage)
     except StoreUnreachable as error:
         line(f"what this job used is not in the cache's records: {error}")
+
+
+def record_reading(
+    kind: Literal["train", "evaluate"],
+    spec: TrainSpec | EvaluateSpec,
+    run: str,
+    manifest: Manifest,
+    adapter: str,
+) -> None:
+    """Writes that a run read the features of a manifest, and which adapter it made or used."""
+    cache = spec.features.cache
+    usage = Usage(
+        kind=kind,
+        job=spec.name,
+        run=run,
+        experiment=spec.tracking.experiment,
+        team=cache.team,
+        manifest=manifest.digest,
+        adapter=adapter,
+    )
+    record_usage(cache, usage)
 
 
 def whoami() -> str:

@@ -14,10 +14,9 @@ from crab.samples import Sample
 from crab.tasks import Metrics, avqa
 from crab_platform import tracking
 from crab_platform.identity import digest
-from crab_platform.usage import Usage
 from jobs.adapters import adapter_digest, find_adapter, language_model_of
 from jobs.answers import Asking, ask
-from jobs.caches import held, record_usage
+from jobs.caches import held, record_reading
 from jobs.data import Dataset, load_dataset, samples_digest
 from jobs.features import Usable, open_manifest, usable
 from jobs.output import RESULT, console, line, progress, read_result, write_result
@@ -101,18 +100,7 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             "mlflow_run": run_.run_id,
         }
         write_result(spec.folder, result)
-        record_usage(
-            spec.features.cache,
-            Usage(
-                kind="evaluate",
-                job=spec.name,
-                run=run_.run_id,
-                experiment=spec.tracking.experiment,
-                team=spec.features.cache.team,
-                manifest=manifest.digest,
-                adapter=adapter_digest(adapter),
-            ),
-        )
+        record_reading("evaluate", spec, run_.run_id, manifest, adapter_digest(adapter))
         run_.metrics(_flat(scores, constants))
         run_.file(spec.folder / RESULT)
         run_.file(spec.folder / PREDICTIONS)

@@ -15,10 +15,9 @@ from crab_platform import ray_cluster, tracking
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
 from crab_platform.training import Recipe, TrainingConfig, train
-from crab_platform.usage import Usage
 from jobs.adapters import adapter_digest
 from jobs.answers import Asking, ask
-from jobs.caches import held, record_usage
+from jobs.caches import held, record_reading
 from jobs.data import samples_digest
 from jobs.features import Item, open_manifest
 from jobs.output import RESULT, line, progress, read_result, table, write_result
@@ -118,18 +117,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         }
         write_result(spec.folder, result)
         run_.file(spec.folder / RESULT)
-        record_usage(
-            spec.features.cache,
-            Usage(
-                kind="train",
-                job=spec.name,
-                run=run_.run_id,
-                experiment=spec.tracking.experiment,
-                team=spec.features.cache.team,
-                manifest=manifest.digest,
-                adapter=adapter_digest(adapter),
-            ),
-        )
+        record_reading("train", spec, run_.run_id, manifest, adapter_digest(adapter))
     table(spec.name, ("last step", "value"), sorted(result["metrics"].items()))
     line(f"adapter: {adapter}")
     return result

@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
 from crab_platform import commits, snapshots
 from crab_platform.clock import SYSTEM, Clock
+from crab_platform.commit_files import list_trusted, read_trusted, with_commit
 from crab_platform.commits import NOBODY, Writer
 from crab_platform.index import CacheIndex, IndexBuilder
 from crab_platform.local_tier import LocalTier
@@ -41,12 +40,9 @@ from crab_platform.packs import (
 from crab_platform.quarantine import read_quarantine
 from crab_platform.ranges import Range
 from crab_platform.storage import ShortRead, Store
-from crab_platform.trust import EVERYONE, FileName, Signer, Trust, file_path, parse_path
+from crab_platform.trust import EVERYONE, FileName, Signer, Trust, file_path
 
 PACK_BYTES = 256 << 20
-
-AT_ONCE = 256
-"""Commits that are read together: bounds memory while an index is loaded."""
 
 PUBLISH_LIMIT_S = 3600.0
 """Longest time between writing a pack and its commit. Far below the grace of garbage collection, which takes a pack
@@ -212,7 +208,9 @@ class FeatureCache:
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[FileName, Any]]:
         """(name, pyarrow table of these columns) of every usable commit of this cache, in the order of their ids."""
-        for name, data in _trusted(self.store, self.trust, commits.COMMITS, {}):
+        skipped: dict[str, str] = {}
+        names = list_trusted(self.store, self.trust, commits.COMMITS, skipped)
+        for name, data in read_trusted(self.store, self.trust, names, skipped):
             try:
                 yield name, commits.read_commit(data, columns)
             except commits.UnusableCommit:
@@ -246,68 +244,19 @@ def load_index(
     excluded = set(exclude)
     listed = {
         name.identifier: name
-        for name in _listed(store, trust, commits.COMMITS, skipped)
+        for name in list_trusted(store, trust, commits.COMMITS, skipped)
         if name.path not in excluded
     }
     for table in snapshots.read_snapshots(store, trust, listed):
         builder.add(table)
         for identifier in table.column("commit").unique().to_pylist():
             listed.pop(identifier, None)
-    for name, data in _read(store, trust, list(listed.values()), skipped):
+    for name, data in read_trusted(store, trust, list(listed.values()), skipped):
         try:
-            table = commits.read_commit(data)
-            column = pa.array([name.identifier] * table.num_rows, pa.string())
-            builder.add(table.append_column("commit", column))
+            builder.add(with_commit(commits.read_commit(data), name.identifier))
         except commits.UnusableCommit as error:
             skipped[name.path] = error.reason
     return builder.build(skipped=skipped, quarantined=bad, below=below, loose_commits=len(listed))
-
-
-def _listed(store: Store, trust: Trust, folder: str, skipped: dict[str, str]) -> Iterator[FileName]:
-    for path in store.list(folder):
-        name = parse_path(path)
-        if name is None:
-            continue
-        if reason := trust.distrusts_name(name):
-            skipped[path] = reason
-        else:
-            yield name
-
-
-def _read(
-    store: Store, trust: Trust, names: Sequence[FileName], skipped: dict[str, str]
-) -> Iterator[tuple[FileName, bytes]]:
-    """(name, bytes) of those that are there and trusted, in the order of their ids, AT_ONCE in memory at a time."""
-    ordered = sorted(names, key=lambda name: name.identifier)
-    for start in range(0, len(ordered), AT_ONCE):
-        batch = ordered[start : start + AT_ONCE]
-        for name, data in zip(batch, _present(store, batch), strict=True):
-            if data is None:
-                continue
-            if reason := trust.distrusts(name, data):
-                skipped[name.path] = reason
-            else:
-                yield name, data
-
-
-def _present(store: Store, names: Sequence[FileName]) -> list[bytes | None]:
-    """The bytes of each; None for one that garbage collection took since it was listed."""
-    try:
-        return list(store.read_all([name.path for name in names]))
-    except FileNotFoundError:
-        found: list[bytes | None] = []
-        for name in names:
-            try:
-                found.append(store.read(name.path))
-            except FileNotFoundError:
-                found.append(None)
-        return found
-
-
-def _trusted(
-    store: Store, trust: Trust, folder: str, skipped: dict[str, str]
-) -> Iterator[tuple[FileName, bytes]]:
-    yield from _read(store, trust, list(_listed(store, trust, folder, skipped)), skipped)
 
 
 Opened = tuple[dict[str, Array], memoryview]

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from crab_platform import commits
 from crab_platform.clock import SYSTEM, Clock
+from crab_platform.commit_files import read_trusted, with_commit
 from crab_platform.storage import Store
 from crab_platform.trust import EVERYONE, FileName, Signer, Trust, file_path, parse_path
 
@@ -31,7 +32,6 @@ ROWS = 250_000
 _GROUP = 50_000
 FEWEST = 64
 """Commits that are worth a snapshot: fewer are read in two rounds of requests."""
-_AT_ONCE = 256
 
 COLUMNS = pa.schema(
     [
@@ -147,32 +147,13 @@ def snapshot_commits(cache: FeatureCache, *, fewest: int = FEWEST) -> int:
 
 def _tables(store: Store, trust: Trust, names: Sequence[FileName]) -> Iterator[Any]:
     """Rows (commits.INDEXED and `commit`) of each usable commit."""
-    for start in range(0, len(names), _AT_ONCE):
-        batch = names[start : start + _AT_ONCE]
-        for name, data in zip(batch, _present(store, batch), strict=True):
-            if data is None or trust.distrusts(name, data):
-                continue
-            try:
-                table = commits.read_commit(data)
-            except commits.UnusableCommit:
-                continue
-            column = pa.array([name.identifier] * table.num_rows, pa.string())
-            if table.num_rows:
-                yield table.append_column("commit", column)
-
-
-def _present(store: Store, names: Sequence[FileName]) -> list[bytes | None]:
-    """The bytes of each; None for one that garbage collection took since it was listed."""
-    try:
-        return list(store.read_all([name.path for name in names]))
-    except FileNotFoundError:
-        found: list[bytes | None] = []
-        for name in names:
-            try:
-                found.append(store.read(name.path))
-            except FileNotFoundError:
-                found.append(None)
-        return found
+    for name, data in read_trusted(store, trust, names, {}):
+        try:
+            table = commits.read_commit(data)
+        except commits.UnusableCommit:
+            continue
+        if table.num_rows:
+            yield with_commit(table, name.identifier)
 
 
 def _read(
