@@ -51,6 +51,34 @@ def open_ours(site: Site, options: tuple[int, bool]) -> Read:
     return read
 
 
+def open_ours_ranges(site: Site, range_bytes: int) -> Read:
+    """Our store alone: neighbouring samples as ranges of about so many bytes, no index, no digests."""
+    use_endpoint(site.endpoint)
+    from crab_platform.cache import FeatureCache
+    from crab_platform.storage import open_store
+
+    cache = FeatureCache(open_store(f"s3://{BUCKET}/cache"))
+    entries = cache.index().lookup(site.keys)
+    places = [entries[key] for key in site.keys]
+    store = cache.store
+
+    def read(order: Sequence[int]) -> Arrays:
+        groups = _batches(order, range_bytes // SAMPLE_BYTES)
+        spans = []
+        for group in groups:
+            first, last = places[group[0]], places[group[-1]]
+            spans.append((first.offset, last.offset + last.length - first.offset))
+        found = []
+        buffers = store.read_many({places[0].pack: spans})[places[0].pack]
+        for group, (start, _), buffer in zip(groups, spans, buffers, strict=True):
+            for number in group:
+                at = places[number].offset - start
+                found.append(_numpy(buffer[at : at + places[number].length]))
+        return found
+
+    return read
+
+
 def open_raw(site: Site, options: tuple[int, int]) -> Read:
     """(connections, bytes a range): the ceiling. Ranges of 0 bytes mean one range a sample."""
     from raw_http import RawClient
