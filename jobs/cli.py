@@ -293,8 +293,23 @@ def _quieten() -> None:
 def main() -> None:
     """Entry point: turns known errors into one message and an exit code."""
     _quieten()
+    from crab_platform.cache import PublishTooSlow
+    from crab_platform.catalog import CorruptManifest
+    from crab_platform.garbage import CollectionRuns
+    from crab_platform.holding import FeaturesGone
+    from crab_platform.leases import LeaseLost
+    from crab_platform.packs import CorruptEntry
     from crab_platform.storage import StoreError, StoreUnreachable
     from jobs.run import JobFailed
+
+    told_by_the_cache = (
+        CollectionRuns,
+        CorruptEntry,
+        CorruptManifest,
+        FeaturesGone,
+        LeaseLost,
+        PublishTooSlow,
+    )
 
     try:
         code = app(standalone_mode=False)
@@ -310,7 +325,7 @@ def main() -> None:
         _fail("stopped; start the same command again to continue", 130)
     except StoreUnreachable as error:
         _fail(str(error), 3)
-    except (JobFailed, StoreError) as error:
+    except (JobFailed, StoreError, *told_by_the_cache) as error:
         _fail(str(error), 1)
     except ValueError as error:  # also SpecError: what the user gave is wrong
         _fail(str(error), 2)

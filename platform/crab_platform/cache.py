@@ -235,28 +235,38 @@ def load_index(
     exclude: Collection[str] = (),
     layer: str = "",
     below: Sequence[CacheIndex] = (),
+    with_snapshots: bool = True,
 ) -> CacheIndex:
-    """The index of one store. Commits that cannot be used, or are not trusted, are in its `skipped_commits`."""
+    """The index of one store. Commits that cannot be used, or are not trusted, are in its `skipped_commits`.
+
+    `with_snapshots=False` reads every commit itself: for whoever decides what is deleted.
+    """
     # Quarantine before commits: an entry that was taken back and committed anew in between is then seen as new.
     bad = [(entry.key, entry.commit) for _, entry in read_quarantine(store, trust)]
     skipped: dict[str, str] = {}
     builder = IndexBuilder(layer)
     excluded = set(exclude)
-    listed = {
-        name.identifier: name
+    names = [
+        name
         for name in list_trusted(store, trust, commits.COMMITS, skipped)
         if name.path not in excluded
-    }
-    for table in snapshots.read_snapshots(store, trust, listed):
-        builder.add(table)
-        for identifier in table.column("commit").unique().to_pylist():
-            listed.pop(identifier, None)
-    for name, data in read_trusted(store, trust, list(listed.values()), skipped):
+    ]
+    held: set[str] = set()
+    if with_snapshots:
+        for table in snapshots.read_snapshots(store, trust, {n.identifier for n in names}):
+            try:
+                builder.add(table)
+            except commits.UnusableCommit:
+                continue  # its commits are read one by one, and the bad one among them is told
+            held.update(table.column("commit").unique().to_pylist())
+    # By path, not by id: a file of the same id, whoever put it there, must not hide the real one.
+    loose = [name for name in names if name.identifier not in held]
+    for name, data in read_trusted(store, trust, loose, skipped):
         try:
             builder.add(with_commit(commits.read_commit(data), name.identifier))
         except commits.UnusableCommit as error:
             skipped[name.path] = error.reason
-    return builder.build(skipped=skipped, quarantined=bad, below=below, loose_commits=len(listed))
+    return builder.build(skipped=skipped, quarantined=bad, below=below, loose_commits=len(loose))
 
 
 Opened = tuple[dict[str, Array], memoryview]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from crab_platform.cache import load_index
 from crab_platform.commits import COMMITS
 from crab_platform.identity import WINDOW
+from crab_platform.quarantine import read_quarantine
 from crab_platform.storage import Store
-from crab_platform.trust import SIGNATURE_WRONG, Trust, parse_path
+from crab_platform.trust import Trust, parse_path
 
 Content = tuple[str, str]
 """(key, blake3): what an entry is, wherever it lies."""
+
+
+TWICE = "two commits of one id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +32,20 @@ class CommitTable:
     """Decoded windows, which stand in no manifest -> SHA-256 of their media."""
     ids: dict[str, str]
     zones: dict[str, str]
-    forged: set[str]
+    taken_back: set[str]
+    """Ids of commits of which something is in quarantine."""
     left_alone: dict[str, str]
-    """Path -> reason: of other zones, of a newer version, unreadable. Not ours to judge."""
+    """Path -> reason: of other zones, wrongly signed (or is our key the wrong one?), of a newer version, unreadable,
+    of an id that stands twice. Not ours to judge."""
 
     @classmethod
     def load(cls, store: Store, trust: Trust) -> CommitTable:
         """Reads every commit."""
         names = [name for path in store.list(COMMITS) if (name := parse_path(path)) is not None]
-        index = load_index(store, trust)
-        path_of = {name.identifier: name.path for name in names}
+        index = load_index(store, trust, with_snapshots=False)
+        count = Counter(name.identifier for name in names)
+        path_of = {name.identifier: name.path for name in names if count[name.identifier] == 1}
+        twice = {name.path: TWICE for name in names if count[name.identifier] > 1}
         skipped = index.skipped_commits
         table = cls(
             commits={},
@@ -44,8 +53,8 @@ class CommitTable:
             windows={},
             ids={name.path: name.identifier for name in names},
             zones={name.path: name.zone for name in names},
-            forged={path for path, reason in skipped.items() if reason == SIGNATURE_WRONG},
-            left_alone={p: reason for p, reason in skipped.items() if reason != SIGNATURE_WRONG},
+            taken_back={entry.commit for _, entry in read_quarantine(store, trust)},
+            left_alone=skipped | twice,
         )
         for entry, media in index.entries_with_media():
             # One that came since the listing is young: it is never condemned, but its pack is alive.

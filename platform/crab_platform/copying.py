@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from crab_platform import commits
 from crab_platform.cache import Blob, FeatureCache
+from crab_platform.commit_files import list_trusted, read_trusted
 from crab_platform.commit_table import Content
 from crab_platform.packs import CorruptEntry, Entry, Sealed, build_pack, seal_copy
-from crab_platform.trust import parse_path
+from crab_platform.storage import ShortRead
 
 _Copied = tuple[Entry, Sealed, Any]
 """An entry, its bytes, and its row of the commit that it comes from."""
@@ -35,21 +36,17 @@ def copy_entries(cache: FeatureCache, entries: Sequence[Entry]) -> dict[Content,
         by_layer.setdefault(entry.layer, {}).setdefault(entry.commit, {})[entry.key] = entry
     for layer, by_commit in by_layer.items():
         store = cache.store_of(layer)
-        paths = {
-            name.identifier: path
-            for path in store.list(commits.COMMITS)
-            if (name := parse_path(path)) is not None
-        }
+        # What is copied is signed by us, so it is believed no sooner than by an index.
+        listed = list_trusted(store, cache.trust, commits.COMMITS, {})
+        names = [name for name in listed if name.identifier in by_commit]
         batch: dict[str, _Copied] = {}
         nbytes = 0
-        for identifier, wanted in sorted(by_commit.items()):
-            if identifier not in paths:
-                continue
+        for name, data in read_trusted(store, cache.trust, names, {}):
             try:
-                table = commits.read_commit(store.read(paths[identifier]), commits.COLUMNS.names)
-            except (FileNotFoundError, commits.UnusableCommit):
+                table = commits.read_commit(data, commits.COLUMNS.names)
+            except commits.UnusableCommit:
                 continue
-            for copied in _sealed(cache, table, wanted):
+            for copied in _sealed(cache, table, by_commit[name.identifier]):
                 entry, sealed, _ = copied
                 other = batch.get(entry.key)
                 if _content(entry) in done or (other and other[0].blake3 == entry.blake3):
@@ -68,7 +65,10 @@ def copy_entries(cache: FeatureCache, entries: Sequence[Entry]) -> dict[Content,
 def _sealed(cache: FeatureCache, table: Any, wanted: dict[str, Entry]) -> Iterator[_Copied]:
     for key, entry in wanted.items():
         # Several rows where one clip lies at several places.
-        rows = table.filter(pc.equal(table.column("key"), key))
+        is_it = pc.and_(
+            pc.equal(table.column("key"), key), pc.equal(table.column("blake3"), entry.blake3)
+        )
+        rows = table.filter(is_it)
         if not rows.num_rows:
             continue
         try:
@@ -77,7 +77,7 @@ def _sealed(cache: FeatureCache, table: Any, wanted: dict[str, Entry]) -> Iterat
             )
             record = json.loads(rows.column("record")[0].as_py())
             yield entry, seal_copy(entry, record, data), rows
-        except (CorruptEntry, FileNotFoundError, ValueError):
+        except (CorruptEntry, FileNotFoundError, ShortRead, ValueError):
             continue  # the next run computes it anew
 
 

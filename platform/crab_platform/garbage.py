@@ -29,7 +29,7 @@ from crab_platform.condemned import CondemnedSet, Doomed
 from crab_platform.leases import SKEW_S, Lease, LeaseHolder, read_leases
 from crab_platform.pins import Pin, read_pins
 from crab_platform.storage import AlreadyExists, Store
-from crab_platform.trust import EVERYONE, Trust
+from crab_platform.trust import EVERYONE, Trust, parse_path
 
 DAY_S = 86400.0
 MIN_GRACE_S = 2 * 3600 + SKEW_S
@@ -40,7 +40,6 @@ NOT_NEEDED = "in no manifest of a lease or pin"
 TAKEN_BACK = "in quarantine"
 NO_COMMIT = "a pack without a commit: its writer died"
 NOT_HELD = "a manifest of no lease or pin"
-FORGED = "its signature is wrong"
 
 _DELETE_AT_ONCE = 256
 
@@ -138,6 +137,13 @@ class Collector:
         there may be; what it has begun is taken up by the next.
         """
         report = Report(applied=apply)
+        if apply and not self.trust.zones:
+            zones = {name.zone for p in self.store.list(COMMITS) if (name := parse_path(p))} - {""}
+            if zones:
+                raise ValueError(
+                    f"{self.store.url} has commits signed by {', '.join(sorted(zones))}: give the spec that trusts "
+                    "them instead of the URL, or anybody's files would count as theirs"
+                )
         if not apply:
             self._pass(report, apply=False, on_progress=on_progress)
             return report
@@ -203,10 +209,10 @@ class Collector:
             if not self.is_old(identifier):
                 continue
             contents = table.commits.get(path)
-            if path in table.forged:
-                doomed[path] = FORGED
-            elif not contents:
-                doomed[path] = TAKEN_BACK
+            if not contents:
+                # Only where the quarantine says why: absence alone proves nothing.
+                if identifier in table.taken_back:
+                    doomed[path] = TAKEN_BACK
             else:
                 doomed[path] = DUPLICATE if needed.issuperset(contents) else NOT_NEEDED
         # A commit that cannot be read may be the only one that names a pack.
@@ -270,9 +276,7 @@ class Collector:
                     self.store, condemned.decision_path(found.identifier), delete
                 )
             except AlreadyExists:
-                delete = condemned.read_doomed(
-                    self.store, condemned.decision_path(found.identifier)
-                )
+                delete = self._still_garbage(found, doomed, delete)
             self._delete(delete, on_progress)
             self._check()
             condemned.remove_set(self.store, found)
@@ -295,19 +299,42 @@ class Collector:
         report.spared |= {path: why for path, why in doomed.items() if path not in rest}
         return replace(found, identifier=identifier), rest
 
+    def _still_garbage(self, found: CondemnedSet, doomed: Doomed, now: Doomed) -> Doomed:
+        """What an earlier pass decided, as far as it is garbage now, and could be in such a decision at all.
+
+        Somebody who may only create files must not delete by the hand of whoever runs this.
+        """
+        path = condemned.decision_path(found.identifier)
+        decided = condemned.read_doomed(self.store, path)
+        table = CommitTable.load(self.store, self.trust)
+        alive = {pack for members in table.packs.values() for pack in members}
+        # Packs of commits that this very sweep has deleted before it was killed.
+        orphans = {
+            pack: why
+            for pack, why in decided.items()
+            if (identifier := commits.pack_id(pack))
+            and pack not in alive
+            and not table.left_alone
+            and self.is_old(identifier)
+        }
+        return orphans | {path: why for path, why in decided.items() if path in now}
+
     def decide(self, found: CondemnedSet, doomed: Doomed, roots: Roots, report: Report) -> Doomed:
         """What of a set is deleted, now that all leases and pins are known."""
         table = CommitTable.load(self.store, self.trust)
         needed = self.needed(roots, table, report)
         sets = condemned.list_sets(self.store)
         kept = table.kept(needed, exclude=condemned.paths_of(self.store, sets))
-        # What is needed and has no copy outside the condemned sets stays where it is.
-        only_here = needed - {content for path in kept for content in table.commits[path]}
+        # What is needed and has no copy of the same zone outside the condemned sets stays where it is.
+        elsewhere = {(c, table.zones[path]) for path in kept for c in table.commits[path]}
         delete: Doomed = {}
         for path, why in doomed.items():
             if not path.startswith(f"{COMMITS}/"):
                 continue
-            if path not in table.left_alone and only_here.isdisjoint(table.commits.get(path, ())):
+            if path not in table.left_alone and not any(
+                content in needed and (content, table.zones[path]) not in elsewhere
+                for content in table.commits.get(path, ())
+            ):
                 delete[path] = why
         alive = {
             pack for path, members in table.packs.items() if path not in delete for pack in members

@@ -8,7 +8,6 @@ pins. So at least one of the two sees the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from crab_platform import condemned
@@ -23,7 +22,8 @@ from crab_platform.catalog import (
 from crab_platform.commits import PACKS
 from crab_platform.leases import LeaseHolder
 from crab_platform.pins import Pin, read_pins, remove_pin, write_pin
-from crab_platform.storage import Store, StoreUnreachable
+from crab_platform.quarantine import read_quarantine
+from crab_platform.storage import Store, StoreRefused
 
 KEEP_S = 14 * 86400.0
 """How long a manifest is kept after the job that made it, unless somebody pins it."""
@@ -75,7 +75,7 @@ def hold_job(cache: FeatureCache, job: str, by: str = "") -> JobHold:
         holder = LeaseHolder(store, job, by, clock=cache.clock)
         try:
             exclude[store.url] = _take(holder, cache, store.url)
-        except StoreUnreachable:  # read-only for us, as another team's cache may well be
+        except StoreRefused:  # read-only for us, as another team's cache may well be
             not_held.append(store.url)
             continue
         layers[store.url] = holder
@@ -152,7 +152,7 @@ def hold_manifest(
         try:
             holder.renew(manifests=(manifest.digest,))
             _write_for_good(cache, store, manifest, holder)
-        except StoreUnreachable:  # we may only read it: its owners' pins must hold what we use
+        except StoreRefused:  # we may only read it: its owners' pins must hold what we use
             continue
         holders.append(holder)
     try:
@@ -188,10 +188,9 @@ def unpin_manifest(cache: FeatureCache, project: str, name: str) -> Pin:
     """
     pin = remove_pin(cache.store, project, name)
     for store in cache.layers:
-        held = {found.path: found.manifest for found in read_pins(store)}
-        if held.get(pin.path) == pin.manifest:
-            with suppress(StoreUnreachable):  # only read by us: then we never pinned there
-                remove_pin(store, project, name)
+        # Only our own: another team may have a pin of the same name there.
+        if pin in read_pins(store):
+            remove_pin(store, project, name)
     return pin
 
 
@@ -205,7 +204,16 @@ def check_present(cache: FeatureCache, manifest: Manifest) -> None:
         exclude[store.url] = condemned.left_out(store)[1]
         there[layer] = set(store.list(PACKS)) - exclude[store.url]
     entries = [row.entry for row in manifest.ready() if row.entry is not None]
-    moved = [entry for entry in entries if entry.pack not in there[entry.layer]]
+    bad = {
+        (layer, taken.key, taken.commit)
+        for layer in layers
+        for _, taken in read_quarantine(cache.store_of(layer), cache.trust)
+    }
+    moved = [
+        entry
+        for entry in entries
+        if entry.pack not in there[entry.layer] or (entry.layer, entry.key, entry.commit) in bad
+    ]
     # A condemned commit takes its pack along.
     going = {path for paths in exclude.values() for path in paths}
     if not moved and not going:

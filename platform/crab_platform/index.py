@@ -98,6 +98,11 @@ class IndexBuilder:
             strict=True,
         )
         place = b"".join(_place(url, version) for url, version in places)
+        try:
+            for text in table.column("tensors").unique().to_pylist():
+                commits.specs_from_json(text)
+        except ValueError as error:
+            raise commits.UnusableCommit("commit_unreadable", str(error)) from error
         self._parts.append(
             Rows(
                 **digests,

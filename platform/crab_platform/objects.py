@@ -33,6 +33,7 @@ from crab_platform.storage import (
     ShortRead,
     Store,
     StoreError,
+    StoreRefused,
     StoreUnreachable,
     check_path,
 )
@@ -232,7 +233,7 @@ class ObjectStore(Store):
             or status in (401, 403)
             or code == "AccessDenied"
         ):
-            raise StoreUnreachable(
+            raise StoreRefused(
                 f"{place}: {_endpoint()} refused the credentials "
                 f"({code or status or 'forbidden'}); check "
                 "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, the "

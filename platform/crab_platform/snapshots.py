@@ -9,7 +9,7 @@ only spares reading those that it holds. It may be deleted at any time.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -70,7 +70,7 @@ def list_snapshots(store: Store, trust: Trust = EVERYONE) -> list[FileName]:
     return [name for name in names if not trust.distrusts_name(name)]
 
 
-def read_snapshots(store: Store, trust: Trust, listed: Mapping[str, FileName]) -> Iterator[Any]:
+def read_snapshots(store: Store, trust: Trust, listed: Collection[str]) -> Iterator[Any]:
     """Rows (commits.INDEXED and `commit`) of those commits in `listed` that snapshots hold, each commit once.
 
     A snapshot that is damaged, newer than this version or gone is passed over: its commits are read
@@ -84,7 +84,7 @@ def read_snapshots(store: Store, trust: Trust, listed: Mapping[str, FileName]) -
         held = {
             commit for table in tables for commit in table.column("commit").unique().to_pylist()
         }
-        wanted = (held & listed.keys()) - done
+        wanted = (held & set(listed)) - done
         done |= wanted
         if not wanted:
             continue

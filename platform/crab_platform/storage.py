@@ -69,6 +69,10 @@ class StoreUnreachable(StoreError):  # noqa: N818
     """
 
 
+class StoreRefused(StoreUnreachable):
+    """The store is there, and we may not do this in it: no permission to write, or to read."""
+
+
 class ShortRead(StoreError):  # noqa: N818
     """A range ends after the end of the file."""
 
@@ -299,7 +303,7 @@ class FolderStore(Store):
                 "appear whole or not at all; use another folder or an s3:// URL"
             )
         if error.errno in (errno.EACCES, errno.EROFS):
-            return StoreUnreachable(
+            return StoreRefused(
                 f"{place}: {error.strerror}; check who owns {self.url} and its mode"
             )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,7 +16,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 from pydantic import ValidationError
-from support.crab_runs import ray_home
 from support.fields import Path as Field
 from support.fields import another, leaves, model_fields, value_at, with_value, without
 from support.media_files import counting_clip, tone
@@ -456,13 +455,9 @@ def test_weights_from_a_hub_count_and_their_name_does_not(
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    """A Ray of this test's own, which shares no files with another."""
-    with ray_home() as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_cluster.connected():
-            yield
+    """One Ray for the jobs of a test. With the HOME of all tests: a process keeps the token of its first Ray."""
+    with ray_cluster.connected():
+        yield
 
 
 @pytest.mark.ray

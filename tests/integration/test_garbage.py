@@ -12,6 +12,7 @@ import pytest
 from cache_samples import entry, key
 from support.small_jobs import Later
 
+from crab_platform import condemned
 from crab_platform.cache import FeatureCache
 from crab_platform.catalog import Manifest, ManifestRow
 from crab_platform.garbage import DAY_S, NO_COMMIT, NOT_HELD, NOT_NEEDED, TAKEN_BACK, Collector
@@ -22,6 +23,7 @@ from crab_platform.packs import Entry, new_entry
 from crab_platform.pins import Pin, remove_pin
 from crab_platform.quarantine import CORRUPT, bad_entry, write_quarantine
 from crab_platform.storage import open_store
+from crab_platform.trust import Signer, Trust, make_key
 
 
 @pytest.fixture
@@ -115,3 +117,94 @@ def test_decoded_windows_stay_as_long_as_features_of_their_clips(
     pin_manifest(cache, Pin(project="p", name="n", manifest=kept.digest))
     collect(cache, clock)
     assert set(cache.index()) == {placed[0].key, window(0).digest}
+
+
+# What somebody who may create files, or who has a wrong key in a spec, must not be able to make a collection delete.
+
+
+def signed(cache: FeatureCache, tmp_path: Path) -> FeatureCache:
+    public = make_key(tmp_path / "vision.key")
+    return FeatureCache(
+        cache.store,
+        signer=Signer("vision", str(tmp_path / "vision.key")),
+        trust=Trust({"vision": public}),
+        clock=cache.clock,
+    )
+
+
+def pinned(cache: FeatureCache) -> Manifest:
+    kept = publish(cache, cache.commit([entry(0)]))
+    pin_manifest(cache, Pin(project="p", name="n", manifest=kept.digest))
+    return kept
+
+
+def passes(cache: FeatureCache, clock: Later) -> None:
+    for _ in range(3):
+        clock.ahead_s += 8 * DAY_S
+        Collector(cache.store, trust=cache.trust, clock=clock).run(apply=True)
+
+
+def test_a_wrong_key_in_a_spec_deletes_nothing(tmp_path: Path, clock: Later) -> None:
+    ours = signed(FeatureCache(open_store(tmp_path / "cache"), clock=clock), tmp_path)
+    kept = pinned(ours)
+    wrong = Trust({"vision": make_key(tmp_path / "other.key")})
+    passes(FeatureCache(ours.store, trust=wrong, clock=clock), clock)
+    assert ManifestReader(ours, kept).read([("clip-0", "video")])
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_file_of_the_same_id_hides_no_commit(
+    tmp_path: Path, clock: Later, is_signed: bool
+) -> None:
+    cache = FeatureCache(open_store(tmp_path / "cache"), clock=clock)
+    cache = signed(cache, tmp_path) if is_signed else cache
+    kept = pinned(cache)
+    (path,) = cache.store.list("commits")
+    decoy = f"{path.split('.')[0]}.zzz.{'0' * 128}.parquet"
+    cache.store.create(decoy, b"x")
+    assert len(cache.index()) == 1
+    if is_signed:
+        passes(cache, clock)
+    else:
+        with pytest.raises(ValueError, match="signed by zzz"):
+            passes(cache, clock)
+    assert ManifestReader(cache, kept).read([("clip-0", "video")])
+
+
+def test_a_planted_decision_deletes_nothing_that_is_needed(
+    cache: FeatureCache, clock: Later
+) -> None:
+    kept = pinned(cache)
+    identifier = clock.new_id()
+    everything = dict.fromkeys(cache.store.list(), "planted")
+    condemned.write_doomed(cache.store, condemned.set_path(identifier), everything)
+    condemned.write_doomed(cache.store, condemned.decision_path(identifier), everything)
+    cache.store.create(condemned.sweeping_path(identifier), b"")
+    passes(cache, clock)
+    assert ManifestReader(cache, kept).read([("clip-0", "video")])
+    assert remove_pin(cache.store, "p", "n").manifest == kept.digest
+
+
+def test_a_signed_cache_is_not_collected_by_its_url_alone(tmp_path: Path, clock: Later) -> None:
+    ours = signed(FeatureCache(open_store(tmp_path / "cache"), clock=clock), tmp_path)
+    pinned(ours)
+    with pytest.raises(ValueError, match="signed by vision"):
+        Collector(ours.store, clock=clock).run(apply=True)
+
+
+def test_a_copy_of_another_zone_does_not_stand_for_ours(tmp_path: Path, clock: Later) -> None:
+    """Condemned while nobody needed it, then pinned: that another zone has the same does not help our readers."""
+    ours = signed(FeatureCache(open_store(tmp_path / "cache"), clock=clock), tmp_path)
+    audio = make_key(tmp_path / "audio.key")
+    theirs = FeatureCache(
+        ours.store, signer=Signer("audio", str(tmp_path / "audio.key")), clock=clock
+    )
+    both = Trust({**ours.trust.zones, "audio": audio})
+    kept = publish(ours, ours.commit([entry(0)]))
+    clock.ahead_s += 8 * DAY_S
+    assert Collector(ours.store, trust=both, clock=clock).run(apply=True).condemned
+    theirs.commit([entry(0)])
+    pin_manifest(ours, Pin(project="p", name="n", manifest=kept.digest))
+    clock.ahead_s += 4 * DAY_S
+    Collector(ours.store, trust=both, clock=clock).run(apply=True)
+    assert len(ours.index()) == 1
