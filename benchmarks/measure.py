@@ -115,7 +115,7 @@ def _serve(pipe: Connection, open_reader: Open, site: Any, options: Any) -> None
                 nbytes += array.nbytes
             pipe.send(Run(wall, cpu, nbytes, hasher.hexdigest(), peak_mb()))
             del arrays
-    except Exception as error:
+    except Exception as error:  # a peer that fails is told, and the others are measured
         pipe.send(f"{type(error).__name__}: {error}"[:300])
 
 

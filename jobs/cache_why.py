@@ -175,7 +175,7 @@ def _asked(clip: str, sources: Sequence[Source]) -> Asked:
         sha256, _ = sha256_of(url)
     except FileNotFoundError:
         return Asked(url=url, name=name, streams=streams, problem=media.NOT_FOUND)
-    except Exception:  # any client's error
+    except Exception:  # any client's error: the answer says that the file cannot be read
         return Asked(url=url, name=name, streams=streams, problem=media.UNREACHABLE)
     return Asked(url=url, name=name, streams=streams, sha256=sha256)
 

@@ -249,7 +249,7 @@ def _asked(plain: type[Any]) -> type[Any]:
     The class is changed and not the object, because libraries hold the object.
     """
 
-    class Asked(plain):  # type: ignore[misc]
+    class Asked(plain):  # type: ignore[misc]  # the base is known only now
         def __getitem__(self, name: str) -> str:
             _note(name)
             value: str = super().__getitem__(name)

@@ -113,7 +113,7 @@ class World:
                 program()
             except Killed:
                 pass
-            except Exception as error:
+            except Exception as error:  # kept: the ledger judges it
                 process.error = error
                 self.note(process.name, f"ends with {type(error).__name__}: {error}")
 
