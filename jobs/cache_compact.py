@@ -17,7 +17,12 @@ def run_compact(
     collector = Collector(cache.store, trust=cache.trust, grace_s=grace_days * DAY_S)
     found = compact(cache, collector, apply=apply)
     what = f"{found.entries} entries ({found.bytes / 1e6:.1f} MB) of {found.packs} small or half-dead packs"
-    if not found.packs:
+    if found.missing_manifests:
+        line(
+            f"{place}: manifest {found.missing_manifests[0][:12]} is leased or pinned, but not there; nothing is put "
+            f"together until that is settled: `crab cache gc {place}` says how"
+        )
+    elif not found.packs:
         line(
             f"{place}: nothing to put together: no needed packs older than the grace are small or half dead"
         )

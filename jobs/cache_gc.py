@@ -99,7 +99,8 @@ def _show(
         )
     for digest in report.missing_manifests:
         console.print(
-            f"ALARM: manifest {digest} is leased or pinned, but not there: what it needs cannot be kept",
+            f"ALARM: manifest {digest} is leased or pinned, but not there. What it needs is not known, so nothing is "
+            "condemned or deleted: run the preprocess job that made it again, or end its pin (`crab cache pins`)",
             style="bold red",
             soft_wrap=True,
         )

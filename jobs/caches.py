@@ -45,6 +45,16 @@ def open_cache(cache: Cache, writer: Writer = NOBODY) -> FeatureCache:
     )
 
 
+def check_sees_what_it_writes(cache: Cache) -> None:
+    """Raises SpecError when a job that writes would not take what it wrote, and compute it again each time."""
+    if cache.trust and cache.zone not in cache.trust:
+        signs = f"signs as {cache.zone!r}" if cache.zone else "signs nothing"
+        raise SpecError(
+            f"cache.trust takes only {', '.join(sorted(cache.trust))}, and the job {signs}: it would not see what it "
+            "writes, and compute it again each time; set cache.zone to one of cache.trust"
+        )
+
+
 @contextmanager
 def held(cache: Cache, manifest: Manifest, job: str) -> Iterator[None]:
     """Keeps garbage collection away from the features of a manifest while the block lasts.

@@ -34,6 +34,8 @@ app = typer.Typer(
 
       crab report evaluate-shapes                     a page to open in a browser
 
+    Before the second, and whenever you change a spec: crab plan SPEC says what is cached and why the rest is not.
+
     The same, larger and in one command: crab run jobs/specs/nine-tasks-tiny.yaml (under 45 minutes on 2 cores).
 
     Real data: crab import ave /data/AVE work/ave makes samples of an official data set.

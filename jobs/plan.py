@@ -15,7 +15,7 @@ from crab_platform.plan import Aside, Plan, make_plan, set_aside_before
 from crab_platform.plan_table import Counted, Outcome
 from crab_platform.storage import Store, open_store
 from crab_platform.work import Source, Work
-from jobs.caches import open_cache
+from jobs.caches import check_sees_what_it_writes, open_cache
 from jobs.data import load_dataset, merge_sources
 from jobs.output import progress, read_result
 from jobs.plan_media import by_folder, clips_of, hash_clips
@@ -90,6 +90,7 @@ def _preprocess(
     limit: int,
     clips_to: Path | None,
 ) -> dict[str, Any]:
+    check_sees_what_it_writes(spec.cache)
     sources = sources_of(spec)
     work = build_work(spec)
     # Neither signs nor keeps anything on a local disk.

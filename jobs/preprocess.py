@@ -25,7 +25,7 @@ from crab_platform.work import (
     Undecoded,
     Work,
 )
-from jobs.caches import open_cache, record_usage, whoami
+from jobs.caches import check_sees_what_it_writes, open_cache, record_usage, whoami
 from jobs.data import load_dataset, merge_sources
 from jobs.output import RESULT, console, line, progress, table, write_result
 from jobs.presets import encoder_configs
@@ -34,6 +34,7 @@ from jobs.spec import Decode, PreprocessSpec, SpecError, spec_record
 
 def run(spec: PreprocessSpec) -> dict[str, object]:
     """Runs the job and returns its result, which is also in result.json of the run's folder."""
+    check_sees_what_it_writes(spec.cache)
     datasets = [load_dataset(source, spec.sampling.tasks) for source in spec.data]
     sources = merge_sources(source for dataset in datasets for source in dataset.sources)
     work = build_work(spec)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from crab_platform import condemned
 from crab_platform.cache import FeatureCache
-from crab_platform.commit_table import CommitTable
+from crab_platform.commit_table import CommitTable, content_of
 from crab_platform.condemned import Doomed
 from crab_platform.copying import copy_entries
 from crab_platform.garbage import Collector, Report
@@ -33,6 +33,8 @@ class Compaction:
     entries: int
     bytes: int
     applied: bool
+    missing_manifests: tuple[str, ...]
+    """Leased or pinned, but not there: while there are any, nothing is put together."""
 
 
 def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compaction:
@@ -43,7 +45,8 @@ def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compac
     """
     table = CommitTable.load(cache.store, cache.trust)
     known = condemned.paths_of(cache.store, condemned.list_sets(cache.store))
-    needed = collector.needed(collector.roots(), table, Report(applied=False))
+    report = Report(applied=False)
+    needed = collector.needed(collector.roots(), table, report)
     kept = table.kept(needed, exclude=known)
     zone = cache.signer.zone if cache.signer else ""
     total: Counter[str] = Counter()
@@ -52,7 +55,7 @@ def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compac
     for entry in cache.index().entries():
         path = path_of.get(entry.commit, "")
         total[path] += entry.length
-        if path in kept and (entry.key, entry.blake3) in needed:
+        if path in kept and content_of(entry.key, entry.blake3) in needed:
             alive.setdefault(path, []).append(entry)
     chosen: dict[str, list[Entry]] = {}
     for path, entries in alive.items():
@@ -64,7 +67,8 @@ def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compac
         sum(entry.length for entry in entries) < HALF_DEAD * total[path]
         for path, entries in chosen.items()
     )
-    if len(chosen) < 2 and not is_any_half_dead:
+    # What a missing manifest needs is not known, so nothing may be left behind in an old pack.
+    if (len(chosen) < 2 and not is_any_half_dead) or report.missing_manifests:
         chosen = {}
     entries = [entry for path in sorted(chosen) for entry in chosen[path]]
     if apply and entries:
@@ -73,7 +77,7 @@ def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compac
         doomed: Doomed = {
             path: COPIED
             for path, members in chosen.items()
-            if all((entry.key, entry.blake3) in copied for entry in members)
+            if all(content_of(entry.key, entry.blake3) in copied for entry in members)
         }
         if doomed:
             condemned.write_doomed(cache.store, condemned.set_path(cache.clock.new_id()), doomed)
@@ -82,4 +86,5 @@ def compact(cache: FeatureCache, collector: Collector, *, apply: bool) -> Compac
         entries=len(entries),
         bytes=sum(entry.length for entry in entries),
         applied=apply,
+        missing_manifests=tuple(report.missing_manifests),
     )

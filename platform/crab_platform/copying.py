@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from crab_platform import commits
 from crab_platform.cache import Blob, FeatureCache
 from crab_platform.commit_files import list_trusted, read_trusted
-from crab_platform.commit_table import Content
+from crab_platform.commit_table import Content, content_of
 from crab_platform.packs import CorruptEntry, Entry, Sealed, build_pack, seal_copy
 from crab_platform.storage import ShortRead
 
@@ -25,7 +25,7 @@ _Copied = tuple[Entry, Sealed, Any]
 
 
 def copy_entries(cache: FeatureCache, entries: Sequence[Entry]) -> dict[Content, Entry]:
-    """Copies entries into a cache, from where it reads them; returns the copies by key and digest.
+    """Copies entries into a cache, from where it reads them; returns the copies by content (`commit_table.content_of`).
 
     An entry that is damaged, or whose commit is gone, is not among them. Features that differ under one key, as of
     an encoder that is not deterministic, are all copied, in the order of their commits.
@@ -115,4 +115,4 @@ def _publish(cache: FeatureCache, batch: Sequence[_Copied]) -> dict[Content, Ent
 
 
 def _content(entry: Entry) -> Content:
-    return (entry.key, entry.blake3)
+    return content_of(entry.key, entry.blake3)

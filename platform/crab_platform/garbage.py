@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from crab_platform import commits, condemned, leases
 from crab_platform.catalog import MANIFESTS, manifest_path, read_manifest
 from crab_platform.clock import SYSTEM, Clock
-from crab_platform.commit_table import CommitTable, Content
+from crab_platform.commit_table import CommitTable, Content, content_of
 from crab_platform.commits import COMMITS, PACKS
 from crab_platform.condemned import CondemnedSet, Doomed
 from crab_platform.leases import SKEW_S, Lease, LeaseHolder, read_leases
@@ -41,8 +41,9 @@ TAKEN_BACK = "in quarantine"
 NO_COMMIT = "a pack without a commit: its writer died"
 NOT_HELD = "a manifest of no lease or pin"
 
-_DELETE_AT_ONCE = 256
+MANIFEST_MISSING = "a manifest of a lease or pin is not there: what it needs is not known"
 
+_DELETE_AT_ONCE = 256
 
 COLLECTION = "(garbage collection)"
 """The job of a collection's lease."""
@@ -94,7 +95,7 @@ class Report:
     """Commit -> reason: of a zone that is not trusted, of a newer version, unreadable. While there are any, packs
     are not judged either: one of these may be all that names them."""
     missing_manifests: list[str] = field(default_factory=list)
-    """Leased or pinned, but not there: what they hold cannot be known."""
+    """Leased or pinned, but not there: what they hold cannot be known, so nothing is condemned or deleted."""
 
 
 OnProgress = Callable[[int, int], None]
@@ -202,6 +203,8 @@ class Collector:
         table = CommitTable.load(self.store, self.trust)
         needed = self.needed(roots, table, report)
         report.left_alone = table.left_alone
+        if report.missing_manifests:
+            return {}
         kept = table.kept(needed, exclude=known)
         for path, identifier in table.ids.items():
             if path in known or path in kept or path in table.left_alone:
@@ -258,6 +261,9 @@ class Collector:
             return
         if apply and not found.is_sweeping:
             found, doomed = self._narrowed(found, doomed, report)
+            if report.missing_manifests:
+                wait(MANIFEST_MISSING)
+                return
             self._create(condemned.sweeping_path(found.identifier), b"")
         roots = self.roots()
         blocking = [
@@ -269,6 +275,9 @@ class Collector:
             wait(f"jobs that may still use it: {', '.join(sorted(set(blocking)))}")
             return
         delete = self.decide(found, doomed, roots, report)
+        if report.missing_manifests:
+            wait(MANIFEST_MISSING)
+            return
         if apply:
             self._check()
             try:
@@ -289,7 +298,7 @@ class Collector:
         """The set without what is needed again: while a set is marked, nobody else can come to need what is in it."""
         delete = self.decide(found, doomed, self.roots(), report)
         rest = {path: why for path, why in doomed.items() if path in delete}
-        if rest == doomed:
+        if rest == doomed or report.missing_manifests:
             return found, doomed
         # As old as the set that it replaces, so that nothing in it has to wait again.
         identifier = found.identifier[:16] + self.clock.new_id()[16:]
@@ -326,13 +335,16 @@ class Collector:
         sets = condemned.list_sets(self.store)
         kept = table.kept(needed, exclude=condemned.paths_of(self.store, sets))
         # What is needed and has no copy of the same zone outside the condemned sets stays where it is.
-        elsewhere = {(c, table.zones[path]) for path in kept for c in table.commits[path]}
+        elsewhere: dict[str, set[Content]] = {}
+        for path in kept:
+            elsewhere.setdefault(table.zones[path], set()).update(table.commits[path])
         delete: Doomed = {}
         for path, why in doomed.items():
             if not path.startswith(f"{COMMITS}/"):
                 continue
+            there = elsewhere.get(table.zones.get(path, ""), set())
             if path not in table.left_alone and not any(
-                content in needed and (content, table.zones[path]) not in elsewhere
+                content in needed and content not in there
                 for content in table.commits.get(path, ())
             ):
                 delete[path] = why
@@ -360,7 +372,9 @@ class Collector:
                     report.missing_manifests.append(digest)
                 continue
             needed |= {
-                (row.entry.key, row.entry.blake3) for row in manifest.rows if row.entry is not None
+                content_of(row.entry.key, row.entry.blake3)
+                for row in manifest.rows
+                if row.entry is not None
             }
             media |= {row.media_sha256 for row in manifest.rows}
         return needed | {content for content, of in table.windows.items() if of in media}

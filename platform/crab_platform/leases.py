@@ -66,14 +66,19 @@ class LeaseHolder:
         self._renewed_s = clock.monotonic()
         self._lock = threading.Lock()
         self._is_lost = False
+        self._is_over = False
         self.lease = Lease(holder=clock.new_id(), job=job, by=by, renewed_ns=0, ttl_s=TTL_S)
 
     def renew(self, **changes: Any) -> None:
         """Writes the lease with the time of now and these fields changed; the first time takes it.
 
-        Raises LeaseLost when the lease was not renewed for FENCE_S before this write was done.
+        Raises LeaseLost when the lease was not renewed for FENCE_S before this write was done, or was given back.
         """
         with self._lock:
+            if self._is_over:
+                raise LeaseLost(
+                    f"the lease of job {self.lease.job!r} was given back; take a new one"
+                )
             if self._is_lost:
                 raise self._lost(self._renewed_s)
             started_s, before_s = self._clock.monotonic(), self._renewed_s
@@ -102,6 +107,7 @@ class LeaseHolder:
     def release(self) -> None:
         """Gives the lease back."""
         with self._lock:
+            self._is_over = True
             for path in self._paths:
                 self._store.delete(path)
             self._paths = []
@@ -110,6 +116,7 @@ class LeaseHolder:
         """The last renewal: the manifests are kept for `ttl_s` more seconds, and nobody renews any more."""
         self.renew(ttl_s=ttl_s, manifests=tuple(manifests), seen=None)
         with self._lock:
+            self._is_over = True
             self._paths = []
 
     def _lost(self, since_s: float) -> LeaseLost:

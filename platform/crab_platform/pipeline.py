@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from crab_platform import source as media
 from crab_platform.cache import load_index
 from crab_platform.catalog import Manifest
+from crab_platform.commit_table import content_of
 from crab_platform.copying import copy_entries
 from crab_platform.holding import JobHold, hold_job, publish_manifest
 from crab_platform.index import CacheIndex
@@ -129,7 +130,9 @@ def _preprocess(
     borrowed = [row.entry for row in rows if row.entry and row.entry.layer in hold.not_held]
     if borrowed:
         copied = copy_entries(cache, borrowed)
-        lost = {entry.key for entry in borrowed if (entry.key, entry.blake3) not in copied}
+        lost = {
+            entry.key for entry in borrowed if content_of(entry.key, entry.blake3) not in copied
+        }
         damaged = {row.name for row in rows if row.key in lost}
         if damaged:
             # Only its owners can take it back. By an index that does not know it, it is made anew, for us.

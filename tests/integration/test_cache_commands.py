@@ -345,6 +345,10 @@ def test_a_pinned_manifest_that_is_not_there_is_told(tmp_path: Path, crab: Crab)
     _, found, said = crab("cache", "gc", store.url)
     assert found["missing_manifests"] == [manifest.digest]
     assert "ALARM: manifest" in said
+    assert "run the preprocess job" in said
+    _, found, said = crab("cache", "compact", store.url)
+    assert found["missing_manifests"] == [manifest.digest]
+    assert "nothing is put together" in said
 
 
 def test_pins_begin_and_end_by_name(shared: FeatureCache, tmp_path: Path, crab: Crab) -> None:

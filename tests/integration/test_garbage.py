@@ -18,6 +18,7 @@ from crab_platform.catalog import Manifest, ManifestRow
 from crab_platform.garbage import DAY_S, NO_COMMIT, NOT_HELD, NOT_NEEDED, TAKEN_BACK, Collector
 from crab_platform.holding import hold_job, pin_manifest, publish_manifest
 from crab_platform.identity import WINDOW, DecodedKey
+from crab_platform.leases import LeaseHolder, LeaseLost
 from crab_platform.manifest_reader import ManifestReader
 from crab_platform.packs import Entry, new_entry
 from crab_platform.pins import Pin, remove_pin
@@ -183,6 +184,45 @@ def test_a_planted_decision_deletes_nothing_that_is_needed(
     passes(cache, clock)
     assert ManifestReader(cache, kept).read([("clip-0", "video")])
     assert remove_pin(cache.store, "p", "n").manifest == kept.digest
+
+
+def test_while_a_pinned_manifest_is_missing_nothing_is_deleted(
+    cache: FeatureCache, clock: Later
+) -> None:
+    kept = pinned(cache)
+    publish(cache, cache.commit([entry(1)]))
+    clock.ahead_s += 8 * DAY_S
+    collector = Collector(cache.store, clock=clock)
+    condemned_before = collector.run(apply=True).condemned
+    assert condemned_before
+    data = cache.store.read(kept.path)
+    cache.store.delete(kept.path)
+    clock.ahead_s += 8 * DAY_S
+    cache.commit([entry(2)])
+    clock.ahead_s += 8 * DAY_S
+    files = set(cache.store.list())
+    report = collector.run(apply=True)
+    assert report.missing_manifests == [kept.digest]
+    assert not report.condemned
+    assert not report.deleted
+    assert [one.paths for one in report.waiting] == [len(condemned_before)]
+    assert {path for path in files if not path.startswith("leases/")} <= set(cache.store.list())
+
+    cache.store.create(kept.path, data)
+    assert condemned_before.keys() <= collector.run(apply=True).deleted.keys()
+    assert ManifestReader(cache, kept).read([("clip-0", "video")])
+
+
+def test_a_lease_that_was_given_back_is_not_renewed(cache: FeatureCache) -> None:
+    """The thread that renews leases runs until its block ends, some of them are over before."""
+    for end in (LeaseHolder.release, lambda holder: holder.leave(60, ["m"])):
+        holder = LeaseHolder(cache.store, "job", clock=cache.clock)
+        holder.renew()
+        end(holder)
+        left = cache.store.list("leases")
+        with pytest.raises(LeaseLost, match="given back"):
+            holder.renew()
+        assert cache.store.list("leases") == left
 
 
 def test_a_signed_cache_is_not_collected_by_its_url_alone(tmp_path: Path, clock: Later) -> None:

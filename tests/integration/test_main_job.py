@@ -179,6 +179,22 @@ def test_the_exported_adapter_is_plain_peft_and_says_where_it_comes_from(folder:
     assert (config["peft_type"], config["num_heads"]) == ("INTERACTION_LORA", 3)
 
 
+def test_lineage_leads_from_the_adapter_to_its_clips_and_from_a_clip_back(folder: Path) -> None:
+    result = result_of(folder, "train-nine")
+    adapter, manifest = result["adapter"], result["manifest"]
+    found, _ = crab(folder, "cache", "lineage", adapter)
+    assert found["is_a"] == "adapter"
+    assert found["manifests"][manifest]["clips"] == 20
+    kinds = {job["kind"] for job in found["jobs"]}
+    assert {"preprocess", "train", "evaluate"} <= kinds
+    (clip,) = folder.glob("work/nine/clips/*000004.mp4")
+    back, _ = crab(folder, "cache", "lineage", str(clip))
+    assert back["is_a"] == "clip"
+    assert manifest in back["manifests"]
+    folders = {job["adapter_folder"] for job in back["jobs"] if job["kind"] == "train"}
+    assert adapter in folders
+
+
 def test_answers_that_a_task_cannot_read_are_refused_before_training(folder: Path) -> None:
     lines = (folder / "work/nine/samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

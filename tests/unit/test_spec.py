@@ -1,10 +1,13 @@
 """Specs: what is refused, how it is said, and what counts as the same job."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crab.tasks import TASKS
+from jobs import preprocess
+from jobs.plan import plan_spec
 from jobs.presets import crab_model_config, encoder_configs
 from jobs.spec import (
     EvaluateSpec,
@@ -151,6 +154,22 @@ def test_the_paper_preset_names_what_it_needs() -> None:
     assert isinstance(spec, PreprocessSpec)
     with pytest.raises(SpecError, match=r"video\.path"):
         encoder_configs(spec.encoders)
+
+
+@pytest.mark.parametrize(
+    ("zone", "said"), [("", "signs nothing"), ("audio", "signs as 'audio'"), ("vision", None)]
+)
+@pytest.mark.parametrize("go", [preprocess.run, plan_spec])
+def test_a_job_that_writes_must_trust_what_it_signs(
+    zone: str, said: str | None, go: Callable[[PreprocessSpec], object], tmp_path: Path
+) -> None:
+    cache = {"url": "c", "zone": zone, "trust": {"vision": "0" * 64}}
+    data = [{"name": "d", "samples": str(tmp_path / "s.jsonl")}]
+    values = {"job": "preprocess", "name": "a", "data": data, "cache": cache}
+    spec = parse_spec(values)
+    assert isinstance(spec, PreprocessSpec)
+    with pytest.raises(SpecError, match=said or "s.jsonl"):
+        go(spec)
 
 
 def test_an_evaluation_takes_one_split() -> None:
