@@ -7,6 +7,7 @@ documentation says, with the number of threads that suits them.
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,6 +102,39 @@ def open_raw(site: Site, options: tuple[int, int]) -> Read:
         if range_bytes:
             start, stop = spans[0][0], spans[-1][0] + spans[-1][1]
             spans = [(at, min(range_bytes, stop - at)) for at in range(start, stop, range_bytes)]
+        client.read(spans, memory)
+        return [
+            _numpy(memory[places[number].offset :][: places[number].length]) for number in order
+        ]
+
+    return read
+
+
+def open_raw_checked(site: Site, options: tuple[int, int]) -> Read:
+    """(connections, bytes a range): the ceiling of who checks: BLAKE3 over each sample, by the thread that read it."""
+    from blake3 import blake3
+    from raw_http import RawClient, Span
+
+    from crab_platform.cache import FeatureCache
+    from crab_platform.storage import FolderStore
+
+    class Checking(RawClient):
+        def _fetch(self, sock: socket.socket, spans: Sequence[Span], memory: memoryview) -> None:
+            for offset, length in spans:
+                super()._fetch(sock, [(offset, length)], memory)
+                for at in range(offset, offset + length, SAMPLE_BYTES):
+                    blake3(memory[at : at + SAMPLE_BYTES]).hexdigest()
+
+    connections, range_bytes = options
+    cache = FeatureCache(FolderStore(Path(site.root) / BUCKET / "cache"))
+    entries = cache.index().lookup(site.keys)
+    places = [entries[key] for key in site.keys]
+    memory = memoryview(bytearray(max(place.offset + place.length for place in places)))
+    client = Checking(site.endpoint, f"/{BUCKET}/cache/{places[0].pack}", connections)
+
+    def read(order: Sequence[int]) -> Arrays:
+        groups = _batches(order, range_bytes // SAMPLE_BYTES)
+        spans = [(places[group[0]].offset, len(group) * SAMPLE_BYTES) for group in groups]
         client.read(spans, memory)
         return [
             _numpy(memory[places[number].offset :][: places[number].length]) for number in order

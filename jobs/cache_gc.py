@@ -104,8 +104,10 @@ def _show(
             style="bold red",
             soft_wrap=True,
         )
-    if report.applied:
+    if report.applied and (report.condemned or report.waiting):
         line("Condemned files are deleted by a later pass: run the same command again in some days")
+    elif report.applied:
+        line("There was nothing to condemn." if report.deleted else "There was nothing to do.")
     elif report.condemned or report.deleted:
         line(f"Nothing was changed. To do it: crab cache gc {place} --apply")
     else:

@@ -46,9 +46,16 @@ def find_manifest(store: Store, what: str, runs: Path) -> str:
 
 
 def pin(
-    cache: FeatureCache, what: str, runs: Path, *, project: str, name: str | None, reason: str
+    cache: FeatureCache,
+    place: str,
+    what: str,
+    runs: Path,
+    *,
+    project: str,
+    name: str | None,
+    reason: str,
 ) -> dict[str, Any]:
-    """Pins a manifest, shows it, and returns what `--json` prints."""
+    """Pins a manifest, shows it, and returns what `--json` prints. `place` is the cache as it was asked for."""
     digest = find_manifest(cache.store, what, runs)
     if name is None:
         name = what if (runs / what).is_dir() else digest[:12]
@@ -61,7 +68,10 @@ def pin(
         ) from error
     except FeaturesGone as error:
         raise JobFailed(str(error)) from error
-    line(f"{found.project}/{found.name} keeps manifest {digest} until: crab cache unpin")
+    line(
+        f"{found.project}/{found.name} keeps manifest {digest} until: "
+        f"crab cache unpin {place} {found.project}/{found.name}"
+    )
     return vars(found)
 
 

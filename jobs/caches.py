@@ -25,7 +25,7 @@ from jobs.spec_errors import SpecError
 
 
 def open_cache(cache: Cache, writer: Writer = NOBODY) -> FeatureCache:
-    """The cache of a spec. Touches nothing; raises SpecError when it signs and no key is given."""
+    """The cache of a spec. Touches no store; raises SpecError when it signs and has no key, or another zone's."""
     signer = None
     if cache.zone:
         key_file = os.environ.get(SIGNING_KEY_VARIABLE)
@@ -35,6 +35,12 @@ def open_cache(cache: Cache, writer: Writer = NOBODY) -> FeatureCache:
                 "make one with `crab cache keygen FILE`"
             )
         signer = Signer(cache.zone, os.path.abspath(key_file))
+        # Read now: a job would find out in its workers, and nobody takes what another key signed.
+        if signer.public_key != cache.trust.get(cache.zone, signer.public_key):
+            raise SpecError(
+                f"{key_file} is not the private key of cache.zone {cache.zone!r}: its public key is "
+                f"{signer.public_key}, cache.trust says {cache.trust[cache.zone]}"
+            )
     return FeatureCache(
         open_store(cache.url),
         writer=writer,

@@ -146,7 +146,8 @@ def gc(
         float, typer.Option(min=0, help="Nothing younger is touched; at least 0.1.")
     ] = 7,
     sweep_after_days: Annotated[
-        float, typer.Option(min=0, help="Condemned files are deleted so much later.")
+        float,
+        typer.Option(min=0, help="Condemned files are deleted so much later; 40 minutes at least."),
     ] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -194,7 +195,8 @@ def pin(
     from jobs.cache_open import open_place
     from jobs.cache_pins import pin as run
 
-    result = run(open_place(cache), manifest, runs, project=project, name=name, reason=reason)
+    opened = open_place(cache)
+    result = run(opened, cache, manifest, runs, project=project, name=name, reason=reason)
     _print(result, as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from crab_platform.storage import Store, open_store
 from crab_platform.work import Source, Work
 from jobs.caches import check_sees_what_it_writes, open_cache
 from jobs.data import load_dataset, merge_sources
-from jobs.output import progress, read_result
+from jobs.output import line, progress, read_result
 from jobs.plan_media import by_folder, clips_of, hash_clips
 from jobs.plan_show import show_plan, show_step
 from jobs.preprocess import build_work
@@ -31,6 +32,7 @@ from jobs.spec import (
     SynthSpec,
     TrainSpec,
 )
+from jobs.spec_cache import SIGNING_KEY_VARIABLE
 
 _HEX = set("0123456789abcdef")
 
@@ -91,6 +93,10 @@ def _preprocess(
     clips_to: Path | None,
 ) -> dict[str, Any]:
     check_sees_what_it_writes(spec.cache)
+    if spec.cache.zone and SIGNING_KEY_VARIABLE not in os.environ:
+        line(
+            f"to run it, {SIGNING_KEY_VARIABLE} must name the file of zone {spec.cache.zone!r}'s private key"
+        )
     sources = sources_of(spec)
     work = build_work(spec)
     # Neither signs nor keeps anything on a local disk.

@@ -8,7 +8,7 @@ from typing import Any
 from crab_platform.cache import PublishTooSlow
 from crab_platform.holding import FeaturesGone
 from crab_platform.leases import LeaseLost
-from crab_platform.storage import StoreUnreachable
+from crab_platform.storage import StoreRefused, StoreUnreachable
 from jobs.spec import Spec
 
 
@@ -37,13 +37,25 @@ def run_spec(spec: Spec) -> dict[str, Any]:
 
 def _in_plain_words(spec: Spec, error: Exception) -> Exception:
     """What a worker raised, without Ray's frames around it."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(error, StoreUnreachable):
-        return StoreUnreachable(str(cause))
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    said = lines[-1].strip() if lines else type(cause).__name__
+    said = _said(error)
+    kind, _, words = said.partition(": ")
+    if isinstance(error, StoreUnreachable) or kind.rpartition(".")[2] in _UNREACHABLE:
+        return StoreUnreachable(words or said)
     return JobFailed(
-        f"{spec.job} job {spec.name!r} failed: {type(cause).__name__}: {said}\n"
+        f"{spec.job} job {spec.name!r} failed: {said}\n"
         "The workers' logs are in /tmp/ray/session_latest/logs. Mend it and start the same command again: what was "
         "done is not done again."
     )
+
+
+_UNREACHABLE = {StoreUnreachable.__name__, StoreRefused.__name__}
+
+
+def _said(error: Exception) -> str:
+    """The last words of what was raised first: "ValueError: what is wrong"."""
+    cause = getattr(error, "cause", None) or error
+    # Ray Data puts an error of its own above ours, and tells both as Python does.
+    first, above, _ = str(error).partition("\nThe above exception was the direct cause of")
+    lines = [line for line in (first if above else str(cause)).splitlines() if line.strip()]
+    said = lines[-1].strip() if lines else ""
+    return said if above else f"{type(cause).__name__}: {said}"

@@ -16,9 +16,10 @@ def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        known = sorted(str(p) for p in (Path(__file__).parent / "specs").glob("*.yaml"))
+        known = sorted(p.name for p in (Path(__file__).parent / "specs").glob("*.yaml"))
         raise SpecError(
-            f"cannot read the spec {path}: {error}. The ones shipped: {known}"
+            f"cannot read the spec {path}: {error.strerror}; expected a YAML file of a job. Shipped in jobs/specs/: "
+            f"{', '.join(known)}"
         ) from error
     try:
         values = yaml.safe_load(text)

@@ -165,7 +165,7 @@ class FeatureCache:
         return load_index(self.store, self.trust, exclude=own, below=below)
 
     def read(self, entries: Sequence[Entry]) -> list[dict[str, Array]]:
-        """The arrays of each entry, in the order given, every one checked against its digest.
+        """The arrays of each entry, in the order given, every one checked against its digest; copy to change one.
 
         Ranges of a pack are coalesced, and packs are read side by side. Raises CorruptEntry, and
         returns nothing, when one is not what was committed.
@@ -195,6 +195,12 @@ class FeatureCache:
                     self.local.drop(entry)
             rest.setdefault(entry.layer, []).append(position)
         for layer, positions in rest.items():
+            if not self.reads(layer):
+                for position in positions:
+                    bad[position] = CorruptEntry(
+                        f"entry {entries[position].key} is not to be had: {_not_read(layer)}"
+                    )
+                continue
             store = self.store_of(layer)
             fetched = _fetch(store, [entries[position] for position in positions])
             for position, opened in zip(positions, fetched, strict=True):
@@ -223,9 +229,11 @@ class FeatureCache:
         for store in self.layers:
             if store.url == layer:
                 return store
-        raise ValueError(
-            f"features lie in {layer}, which this job does not read: add it to cache.read_through of the spec"
-        )
+        raise ValueError(_not_read(layer))
+
+    def reads(self, layer: str) -> bool:
+        """Whether this cache reads the store of that URL, "" for its own."""
+        return layer in ("", self.store.url, *(store.url for store in self.layers))
 
 
 def load_index(
@@ -267,6 +275,13 @@ def load_index(
         except commits.UnusableCommit as error:
             skipped[name.path] = error.reason
     return builder.build(skipped=skipped, quarantined=bad, below=below, loose_commits=len(loose))
+
+
+def _not_read(layer: str) -> str:
+    return (
+        f"its features lay in {layer}, which this job does not read: add it to cache.read_through of the spec, or run "
+        "the preprocess job again"
+    )
 
 
 Opened = tuple[dict[str, Array], memoryview]

@@ -120,8 +120,8 @@ class Collector:
         """
         if grace_s < MIN_GRACE_S:
             raise ValueError(
-                f"a grace of {grace_s:.0f} s is too short: a writer may take an hour between a pack and its commit, "
-                f"and clocks differ; expected at least {MIN_GRACE_S:.0f} s"
+                f"a grace of {grace_s / DAY_S:g} days is too short: a writer may take an hour between a pack and its "
+                f"commit, and clocks differ; expected at least {MIN_GRACE_S / DAY_S:.2g} days"
             )
         self.store = store
         self.trust = trust

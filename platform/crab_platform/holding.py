@@ -7,7 +7,8 @@ pins. So at least one of the two sees the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from crab_platform import condemned
@@ -21,9 +22,10 @@ from crab_platform.catalog import (
 )
 from crab_platform.commits import PACKS
 from crab_platform.leases import LeaseHolder
+from crab_platform.packs import Entry
 from crab_platform.pins import Pin, read_pins, remove_pin, write_pin
 from crab_platform.quarantine import read_quarantine
-from crab_platform.storage import Store, StoreRefused
+from crab_platform.storage import Store, StoreError, StoreRefused
 
 KEEP_S = 14 * 86400.0
 """How long a manifest is kept after the job that made it, unless somebody pins it."""
@@ -60,8 +62,7 @@ class JobHold:
 
     def release(self) -> None:
         """Gives all leases back: the job ended without a manifest."""
-        for holder in self.holders:
-            holder.release()
+        _give_back(self.holders)
 
 
 def hold_job(cache: FeatureCache, job: str, by: str = "") -> JobHold:
@@ -70,16 +71,26 @@ def hold_job(cache: FeatureCache, job: str, by: str = "") -> JobHold:
     layers: dict[str, LeaseHolder] = {}
     not_held: list[str] = []
     own = LeaseHolder(cache.store, job, by, clock=cache.clock)
-    exclude[cache.store.url] = _take(own, cache)
-    for store in cache.layers:
-        holder = LeaseHolder(store, job, by, clock=cache.clock)
-        try:
-            exclude[store.url] = _take(holder, cache, store.url)
-        except StoreRefused:  # read-only for us, as another team's cache may well be
-            not_held.append(store.url)
-            continue
-        layers[store.url] = holder
+    try:
+        exclude[cache.store.url] = _take(own, cache)
+        for store in cache.layers:
+            holder = layers[store.url] = LeaseHolder(store, job, by, clock=cache.clock)
+            try:
+                exclude[store.url] = _take(holder, cache, store.url)
+            except StoreRefused:  # read-only for us, as another team's cache may well be
+                not_held.append(store.url)
+                _give_back([layers.pop(store.url)])
+    except BaseException:
+        _give_back([own, *layers.values()])
+        raise
     return JobHold(cache=cache, own=own, layers=layers, not_held=tuple(not_held), exclude=exclude)
+
+
+def _give_back(holders: Iterable[LeaseHolder]) -> None:
+    """Each of them, whatever a store says to it: a lease that cannot be given back dies by itself."""
+    for holder in holders:
+        with suppress(StoreError):
+            holder.release()
 
 
 def _take(holder: LeaseHolder, cache: FeatureCache, layer: str = "") -> set[str]:
@@ -120,6 +131,9 @@ def _write_for_good(
     """Writes a manifest that was leased or pinned before, and makes sure that it stays.
 
     One of the same content may be on its way out; then it is waited for, and written again.
+
+    In a layer, too, its rows name places as this job sees them: garbage collection asks for keys and digests only,
+    and to readers places are hints (manifest_reader.py).
     """
     for _ in range(_TURNS):
         try:
@@ -140,41 +154,36 @@ def _write_for_good(
 def hold_manifest(
     cache: FeatureCache, manifest: Manifest, job: str, by: str = ""
 ) -> list[LeaseHolder]:
-    """Leases on a manifest for a job that reads its features, in its cache and in the layers that it names.
+    """Leases on a manifest for a job that reads its features, in its cache and in the layers where they lie.
 
     Raises FeaturesGone when they are deleted, or about to be.
     """
     holders: list[LeaseHolder] = []
-    used = {row.entry.layer for row in manifest.rows if row.entry is not None}
-    for layer in sorted({"", *used}):
-        store = cache.store_of(layer)
-        holder = LeaseHolder(store, job, by, clock=cache.clock)
-        try:
-            holder.renew(manifests=(manifest.digest,))
-            _write_for_good(cache, store, manifest, holder)
-        except StoreRefused:  # we may only read it: its owners' pins must hold what we use
-            continue
-        holders.append(holder)
     try:
+        for store in _stores(cache, manifest):
+            holder = LeaseHolder(store, job, by, clock=cache.clock)
+            holders.append(holder)
+            try:
+                holder.renew(manifests=(manifest.digest,))
+                _write_for_good(cache, store, manifest, holder)
+            except StoreRefused:  # we may only read it: its owners' pins must hold what we use
+                _give_back([holders.pop()])
         check_present(cache, manifest)
     except BaseException:
-        for holder in holders:
-            holder.release()
+        _give_back(holders)
         raise
     return holders
 
 
 def pin_manifest(cache: FeatureCache, pin: Pin) -> Pin:
-    """Pins a manifest of a cache, and in the layers that it names.
+    """Pins a manifest of a cache, and in the layers where its features lie.
 
     Raises FileNotFoundError when there is no such manifest, FeaturesGone when some of its features
     are deleted, or about to be. The pin stands all the same, since somebody else may have been
     promised the same one: it holds what is left, and what is computed again.
     """
     manifest = read_manifest(cache.store, pin.manifest)
-    used = {row.entry.layer for row in manifest.rows if row.entry is not None}
-    for layer in sorted({"", *used}):
-        store = cache.store_of(layer)
+    for store in _stores(cache, manifest):
         pin = write_pin(store, pin, clock=cache.clock)
         _write_for_good(cache, store, manifest)
     check_present(cache, manifest)
@@ -196,14 +205,15 @@ def unpin_manifest(cache: FeatureCache, project: str, name: str) -> Pin:
 
 def check_present(cache: FeatureCache, manifest: Manifest) -> None:
     """Raises FeaturesGone unless every feature of a manifest is there, at its place or at another."""
-    layers = {row.entry.layer for row in manifest.ready() if row.entry is not None}
+    entries = [row.entry for row in manifest.ready() if row.entry is not None]
+    layers = {entry.layer for entry in entries if cache.reads(entry.layer)}
     there: dict[str, set[str]] = {}
-    exclude: dict[str, set[str]] = {}
+    going: set[str] = set()
     for layer in layers:
         store = cache.store_of(layer)
-        exclude[store.url] = condemned.left_out(store)[1]
-        there[layer] = set(store.list(PACKS)) - exclude[store.url]
-    entries = [row.entry for row in manifest.ready() if row.entry is not None]
+        leaving = condemned.left_out(store)[1]
+        there[layer] = set(store.list(PACKS)) - leaving
+        going |= leaving
     bad = {
         (layer, taken.key, taken.commit)
         for layer in layers
@@ -212,21 +222,44 @@ def check_present(cache: FeatureCache, manifest: Manifest) -> None:
     moved = [
         entry
         for entry in entries
-        if entry.pack not in there[entry.layer] or (entry.layer, entry.key, entry.commit) in bad
+        if entry.pack not in there.get(entry.layer, ())
+        or (entry.layer, entry.key, entry.commit) in bad
     ]
     # A condemned commit takes its pack along.
-    going = {path for paths in exclude.values() for path in paths}
-    if not moved and not going:
-        return
-    index = cache.index(exclude)
     suspects = entries if going else moved
-    lost = [
-        entry
-        for entry in suspects
-        if not any(copy.blake3 == entry.blake3 for copy in index.copies(entry.key))
-    ]
+    if not suspects:
+        return
+    lost = [entry for entry, copies in _copies(cache, suspects) if not copies]
     if lost:
-        raise FeaturesGone(
-            f"{len(lost)} of {len(entries)} features of manifest {manifest.digest[:12]} are deleted, or about to be; "
-            "run its preprocess job again (it computes only these), and pin what you want to keep: `crab cache pin`"
+        unread = sorted({entry.layer for entry in lost if not cache.reads(entry.layer)})
+        lay = (
+            f", or lay in {', '.join(unread)}, which this job does not read (add it to cache.read_through of the spec)"
+            if unread
+            else ""
         )
+        raise FeaturesGone(
+            f"{len(lost)} of {len(entries)} features of manifest {manifest.digest[:12]} are deleted, or about to be"
+            f"{lay}; run its preprocess job again (it computes only these), and pin what you want to keep: "
+            "`crab cache pin`"
+        )
+
+
+def _stores(cache: FeatureCache, manifest: Manifest) -> list[Store]:
+    """The cache's own store, and those of the layers where features of a manifest lie.
+
+    These are the layers that it names. For features of one that is not read, it is the layer of their first copy.
+    """
+    entries = [row.entry for row in manifest.rows if row.entry is not None]
+    named = {entry.layer for entry in entries}
+    unread = [entry for entry in entries if not cache.reads(entry.layer)]
+    if unread:
+        named |= {copies[0].layer for _, copies in _copies(cache, unread) if copies}
+    return [cache.store, *(store for store in cache.layers if store.url in named)]
+
+
+def _copies(cache: FeatureCache, entries: Iterable[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
+    """Each entry with all that have the same key and digest, without those that are being deleted."""
+    exclude = {store.url: condemned.left_out(store)[1] for store in (cache.store, *cache.layers)}
+    index = cache.index(exclude)
+    for entry in entries:
+        yield entry, [copy for copy in index.copies(entry.key) if copy.blake3 == entry.blake3]

@@ -17,7 +17,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crab_platform.clock import SYSTEM, Clock
@@ -88,7 +88,7 @@ class LeaseHolder:
             # Kept before it is tried: an attempt that seemed to fail may have arrived.
             before = list(self._paths)
             self._paths.append(path)
-            self._store.create(path, json.dumps(asdict(lease), sort_keys=True).encode())
+            self._store.create(path, json.dumps(vars(lease), sort_keys=True).encode())
             self.lease = lease
             if before and self._clock.monotonic() - before_s > FENCE_S:
                 self._is_lost = True

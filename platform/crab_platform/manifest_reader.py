@@ -1,8 +1,9 @@
 """Features by name, as training reads them: through a manifest, checked, nothing computed.
 
-Where a manifest says that features lie is a hint: they may have been moved into a larger pack, or
-their first copy may have been damaged and computed anew. Their key and digest are what counts. So
-when the place is wrong, the reader looks the key up and takes a copy with the same digest.
+Where a manifest says that features lie is a hint: they may have been moved into a larger pack, their
+first copy may have been damaged and computed anew, or the manifest may name another team's cache
+as the job called it that wrote it. Their key and digest are what counts. So when the place is
+wrong, the reader looks the key up and takes a copy with the same digest.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class ManifestReader:
         self._index: CacheIndex | None = None
         """Loaded when a place was wrong for the first time; asked for every entry from then on."""
         self._loaded_s = 0.0
+        self._told: dict[tuple[str, str], str] = {}
+        """(key, commit) -> what was done about this damaged entry; the index may be older than that."""
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ManifestReader], tuple[FeatureCache, Manifest]]:
@@ -76,32 +79,50 @@ class ManifestReader:
             if not bad and found[0] is not None:
                 return found[0]
             if copy is not entry:
-                take_back(self.cache, copy, str(bad[0]))
-        told = take_back(self.cache, entry, str(error))
+                self._take_back(copy, str(bad[0]))
+        if not self.cache.reads(entry.layer):
+            raise CorruptEntry(f"{error}. There is no other copy") from error
+        told = self._take_back(entry, str(error))
         raise CorruptEntry(
             f"{error}. There is no other copy{told}. Run the preprocess job of this manifest again: it computes only "
             "what is lacking; then start the same command again"
         ) from error
 
     def _copies(self, entry: Entry) -> list[Entry]:
+        """Where the same features lie, by an index that may be old as long as it knows another place."""
+        if self._index is not None:
+            found = _same(self._index, entry)
+            if any(_place(copy) != _place(entry) for copy in found):
+                return found
+        return _same(self._recent(), entry)
+
+    def _recent(self) -> CacheIndex:
+        """An index that was loaded less than RELOAD_S ago."""
         with self._lock:
-            for _ in range(2):
-                if self._index is not None:
-                    copies = self._index.copies(entry.key)
-                    found = [copy for copy in copies if copy.blake3 == entry.blake3]
-                    is_new = self.cache.clock.monotonic() - self._loaded_s < RELOAD_S
-                    if is_new or any(_place(copy) != _place(entry) for copy in found):
-                        return found
+            is_old = self.cache.clock.monotonic() - self._loaded_s >= RELOAD_S
+            if self._index is None or is_old:
                 self._index = self.cache.index()
                 self._loaded_s = self.cache.clock.monotonic()
-        return []
+            return self._index
+
+    def _take_back(self, entry: Entry, detail: str) -> str:
+        name = (entry.key, entry.commit)
+        if name not in self._told:
+            self._told[name] = take_back(self.cache, entry, detail, self._recent())
+        return self._told[name]
 
 
-def take_back(cache: FeatureCache, entry: Entry, detail: str) -> str:
-    """Puts a damaged entry into quarantine where we may; says in words what was done."""
+def take_back(
+    cache: FeatureCache, entry: Entry, detail: str, index: CacheIndex | None = None
+) -> str:
+    """Puts a damaged entry into quarantine where we may; says in words what was done.
+
+    `index` says what is not in quarantine yet: an old one costs no more than a file that says it twice.
+    """
     if entry.layer or not entry.commit or (cache.trust.zones and cache.signer is None):
         return "; its owners must take it back (crab cache verify --quarantine)"
-    held = [copy.commit for copy in cache.index().copies(entry.key)]
+    index = cache.index() if index is None else index
+    held = [copy.commit for copy in index.copies(entry.key)]
     if entry.commit not in held:
         return ""  # taken back already, or deleted
     try:
@@ -114,6 +135,10 @@ def take_back(cache: FeatureCache, entry: Entry, detail: str) -> str:
     except StoreError as error:
         return f"; it could not be put into quarantine ({error})"
     return "; it is in quarantine now"
+
+
+def _same(index: CacheIndex, entry: Entry) -> list[Entry]:
+    return [copy for copy in index.copies(entry.key) if copy.blake3 == entry.blake3]
 
 
 def _place(entry: Entry) -> tuple[str, str, int]:

@@ -260,7 +260,7 @@ def build_pack(path: str, new: Sequence[NewEntry | Sealed]) -> tuple[bytes, list
 
 
 def open_entry(entry: Entry, data: bytearray | memoryview) -> dict[str, Array]:
-    """The arrays of an entry, from its bytes, checked; raw ones share `data`'s memory.
+    """The arrays of an entry, from its bytes, checked; raw ones share `data`'s memory and are read-only.
 
     float16, float32 and uint8 come as stored; bfloat16 (exact; numpy has no bfloat16) and int8
     (times its scales, which are not among the arrays) come as float32. Raises CorruptEntry naming
@@ -276,7 +276,7 @@ def open_entry(entry: Entry, data: bytearray | memoryview) -> dict[str, Array]:
         found = _digest(entry.key, entry.tensors, [memoryview(data)])
         if found == entry.blake3:
             try:
-                return _arrays(layout, data)
+                return _arrays(layout, memoryview(data).toreadonly())
             except ValueError as error:  # committed so: by a faulty or an ill-meaning writer
                 wrong = str(error)
         else:
@@ -332,7 +332,7 @@ def _layout(specs: tuple[TensorSpec, ...]) -> _Layout:
     )
 
 
-def _arrays(layout: _Layout, data: bytearray | memoryview) -> dict[str, Array]:
+def _arrays(layout: _Layout, data: memoryview) -> dict[str, Array]:
     """What readers get of an entry's checked bytes. Raises ValueError where these cannot be restored."""
     if layout.plain:
         return {
@@ -344,13 +344,13 @@ def _arrays(layout: _Layout, data: bytearray | memoryview) -> dict[str, Array]:
     )
 
 
-def _array(spec: TensorSpec, data: bytearray | memoryview) -> Array:
+def _array(spec: TensorSpec, data: memoryview) -> Array:
     """One tensor out of an entry's bytes, as stored."""
     kind = dtypes.STORED[spec.dtype][1]
     if spec.codec == RAW:
         array = np.frombuffer(data, dtype=kind, count=spec.count, offset=spec.offset)
     else:
-        stored = memoryview(data)[spec.offset : spec.offset + spec.length]
+        stored = data[spec.offset : spec.offset + spec.length]
         array = codec.decompress(stored, kind, spec.count)
     return array.reshape(spec.shape)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
-from crab_platform.ranges import Piece, Range, allocate, plan, scatter
+from crab_platform.ranges import Piece, Range, allocate, deliver, plan
 
 IN_FLIGHT = 32
 """Threads that read, for the whole process. At 8 MiB a request this bounds memory at 256 MiB; 20 ms
@@ -114,7 +114,7 @@ class Store(ABC):
 
     @abstractmethod
     def _read_piece(self, path: str, piece: Piece) -> memoryview:
-        """The bytes of a piece; shorter when the file ends in it."""
+        """The bytes of a piece, in memory that nobody writes to; shorter when the file ends in it."""
 
     def _read_pieces(self, path: str, pieces: Sequence[Piece]) -> Sequence[memoryview]:
         """`_read_piece` for a few, at once where the store can."""
@@ -139,17 +139,18 @@ class Store(ABC):
     ) -> dict[str, Buffers]:
         """`read_ranges` for several files at once: neighbours coalesced, IN_FLIGHT threads over all files.
 
-        The buffers are the caller's own: writable, and not tied to the request that they came from. Those of one
-        call share allocations of up to 32 MiB, so one that is kept keeps its neighbours' memory.
+        The buffers are only to be read: they may share memory, where ranges overlap. Those of one call share
+        allocations of up to 32 MiB, so one that is kept keeps its neighbours' memory.
         `on_range` is called as soon as a range is complete, in the thread that read it, while others are read.
         """
-        buffers = {path: allocate(ranges) for path, ranges in wanted.items()}
+        buffers: dict[str, Buffers] = {}
         jobs: list[tuple[str, list[Piece]]] = []
         parts: dict[
             tuple[str, int], int
         ] = {}  # ranges that stand in several pieces: how many are to come
         for path, ranges in wanted.items():
             pieces = plan(ranges)
+            buffers[path] = allocate(ranges, pieces)
             jobs += [(path, few) for few in _together(pieces)]
             if on_range:
                 count = Counter(index for piece in pieces for index in piece.serves)
@@ -176,7 +177,7 @@ class Store(ABC):
                         f"{len(data)} of "
                         f"{piece.stop - piece.start}; the file is shorter than its index says"
                     )
-                scatter(piece, data, wanted[path], buffers[path])
+                deliver(piece, data, wanted[path], buffers[path])
                 if on_range:
                     for position in piece.serves:
                         done(path, position)

@@ -206,7 +206,7 @@ def _kept_windows(
     found, bad = cache.read_each(wanted)
     for position, error in bad.items():
         # Else the next encoder would find it again, before the one that is stored now.
-        take_back(cache, wanted[position], str(error))
+        take_back(cache, wanted[position], str(error), index)
     return {
         stream: arrays[WINDOW]
         for stream, arrays in zip(known, found, strict=True)

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from simulation.fast_parquet import fast_parquet
 from simulation.network import Faults, Network, SimStore
 from simulation.planted import planted
+from simulation.remembered import forget, remembered
 from simulation.samples import CLIPS, ENTRIES, KEYS, VARIANTS
 from simulation.world import Process, World
 
@@ -242,6 +243,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """All garbage goes in two passes."""
+        forget()
         self.kept = []
         self.world.now += 60 * HOUR_S
         for _ in range(2):
@@ -271,6 +273,7 @@ class _Never:
 def no_threads() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(fast_parquet())
+        stack.enter_context(remembered())
         threads = SimpleNamespace(Lock=threading.Lock, Event=threading.Event, Thread=_Never)
         stack.enter_context(patch.object(leases, "threading", threads))
         yield

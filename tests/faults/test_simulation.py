@@ -8,6 +8,7 @@ shows it step by step. Planted bugs prove that broken promises are seen.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pytest
 from simulation.planted import BUGS
@@ -26,6 +27,7 @@ KNOWN = {
     "commit_before_pack": 0,
     "digest_not_checked": 10,
     "job_looks_before_it_leases": 0,
+    "leases_die_without_allowance": 700,
     "leases_read_before_the_mark": 650,
     "lost_answer_taken_for_a_conflict": 0,
     "packs_deleted_before_commits": 0,
@@ -34,6 +36,9 @@ KNOWN = {
     "sweep_ignores_leases": 0,
     "sweep_ignores_pins": 0,
 }
+
+PROFILE = {"leases_die_without_allowance": "clocks"}
+"""Where it is found; the others among histories with all troubles."""
 
 
 def processes() -> int:
@@ -51,6 +56,14 @@ def run(seeds: int, profile: str, *, parquet: bool = False) -> Summary:
     for outcome in total.failed:
         print(describe(outcome, profile))
     return total
+
+
+def find(bug: str, seeds: Sequence[int]) -> None:
+    """Prints the first of these histories that finds a planted bug; there must be one."""
+    profile = PROFILE.get(bug, "all")
+    found = first_failure(bug, seeds, processes=processes(), profile=profile)
+    assert found is not None
+    print(bug, describe(found, profile, bug))
 
 
 def check(total: Summary, seeds: int) -> None:
@@ -99,9 +112,7 @@ def test_a_history_is_a_function_of_its_seed() -> None:
 @pytest.mark.parametrize("bug", sorted(KNOWN))
 def test_a_planted_bug_is_found(bug: str) -> None:
     seeds = range(KNOWN[bug], KNOWN[bug] + NEAR)
-    found = first_failure(bug, seeds, processes=processes())
-    assert found is not None
-    print(bug, describe(found, bug=bug))
+    find(bug, seeds)
 
 
 @pytest.mark.faults
@@ -117,6 +128,4 @@ def test_clocks_ten_minutes_off_break_nothing_in_20_000_histories() -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("bug", sorted(BUGS))
 def test_a_planted_bug_is_found_within_10_000_histories(bug: str) -> None:
-    found = first_failure(bug, range(FULL_BUG), processes=processes())
-    assert found is not None
-    print(bug, describe(found, bug=bug))
+    find(bug, range(FULL_BUG))

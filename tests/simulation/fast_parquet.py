@@ -14,13 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crab_platform import commits, index
-
 _tables: dict[bytes, Any] = {}
-_commits: dict[tuple[bytes, tuple[str, ...]], Any] = {}
-_digests: dict[tuple[tuple[str, ...], str], Any] = {}
-_real_read_commit = commits.read_commit
-_real_from_hex = index._from_hex
 
 
 def write_table(table: Any, sink: BinaryIO, **_: Any) -> None:
@@ -52,24 +46,6 @@ class ParquetFile:
 def forget() -> None:
     """Drops all tables: a new history begins."""
     _tables.clear()
-    _commits.clear()
-    _digests.clear()
-
-
-def _read_commit(data: bytes, columns: Sequence[str] = commits.INDEXED) -> Any:
-    """The real one, once for each commit: a function of its arguments, and a third of all time."""
-    asked = (data, tuple(columns))
-    if asked not in _commits:
-        _commits[asked] = _real_read_commit(data, columns)
-    return _commits[asked]
-
-
-def _from_hex(column: Any, name: str) -> Any:
-    """The real one, once for each column."""
-    asked = (tuple(column.to_pylist()), name)
-    if asked not in _digests:
-        _digests[asked] = _real_from_hex(column, name)
-    return _digests[asked]
 
 
 @contextmanager
@@ -77,10 +53,8 @@ def fast_parquet() -> Iterator[None]:
     """Tables instead of files while the block lasts."""
     before = pq.write_table, pq.ParquetFile
     pq.write_table, pq.ParquetFile = write_table, ParquetFile
-    commits.read_commit, index._from_hex = _read_commit, _from_hex
     try:
         yield
     finally:
         pq.write_table, pq.ParquetFile = before
-        commits.read_commit, index._from_hex = _real_read_commit, _real_from_hex
         forget()

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
-from simulation import actors, fast_parquet
+from simulation import actors, fast_parquet, remembered
 from simulation.ledger import Ledger
 from simulation.network import Faults, Network
 from simulation.samples import CLIPS, VARIANTS
@@ -34,6 +34,7 @@ def simulated(*, parquet: bool = False) -> Iterator[None]:
             stack.enter_context(patch.object(module, "threading", Threads))
         if not parquet:
             stack.enter_context(fast_parquet.fast_parquet())
+            stack.enter_context(remembered.remembered())
         yield
 
 
@@ -86,6 +87,7 @@ class History:
 
     def __init__(self, seed: int, profile: Profile = ALL, *, trace: bool = False) -> None:
         fast_parquet.forget()
+        remembered.forget()
         self.seed = seed
         self.world = World(seed, trace=trace)
         self.rng = self.world.rng
@@ -179,7 +181,7 @@ class History:
     def _agree(self, process: Process, expected: dict[str, str]) -> None:
         cache = actors.cache_of(process, self.ledger)
         index = cache.index()
-        found = {key: index.lookup([key])[key].commit for key in index}
+        found = {key: entry.commit for key, entry in index.lookup(list(index)).items()}
         if found != expected:
             self.ledger.violate(f"{process.name} sees {found}, expected {expected}")
         entries = list(index.entries())

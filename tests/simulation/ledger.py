@@ -118,8 +118,8 @@ class Ledger:
         if folder == "commits":
             name = parse_path(path)
             assert name is not None
-            table = commits.read_commit(data, ["key", "blake3", "pack"])
-            columns = table.to_pydict()
+            # All the columns that an index reads: then it is read once for both (`remembered`).
+            columns = commits.read_commit(data).select(["key", "blake3", "pack"]).to_pydict()
             rows = list(zip(columns["key"], columns["blake3"], columns["pack"], strict=True))
             self.rows[name.identifier] = rows
             self.paths[name.identifier] = path

@@ -65,7 +65,7 @@ class Network:
         self.files[path] = data
         self._marks[path] = mark
         insort(self.names, path)
-        self.world.note(who, f"created {path}")
+        self.world.note(who, "created ", path)
         self.on_create(path, data, who)
 
     def written_by(self, path: str, mark: object) -> bool:
@@ -78,7 +78,7 @@ class Network:
             return
         del self.files[path]
         self.names.remove(path)
-        self.world.note(who, f"deleted {path}")
+        self.world.note(who, "deleted ", path)
         self.on_delete(path, who)
 
     def get(self, path: str) -> bytes:
@@ -107,42 +107,45 @@ class SimStore(Store):
         self._network = network
         self._process = process
         self._world = network.world
+        self._random = network.world.rng.random
 
     def create(self, path: str, data: Data) -> None:
         """As `objects.ObjectStore.create`: the product's own loop, with a mark of this call."""
         mark = object()
         network, who = self._network, self._process.name
+        stored = bytes(data)
 
-        def put() -> None:
-            self._request(lambda: network.put(path, bytes(data), mark, who), f"create {path}")
+        def write() -> None:
+            network.put(path, stored, mark, who)
 
         create_with_retries(
-            put,
-            lambda: self._request(lambda: network.written_by(path, mark), f"whose is {path}"),
+            lambda: self._request(write, "create ", path),
+            lambda: self._request(lambda: network.written_by(path, mark), "whose is ", path),
             clock=self._process.clock,
             budget_s=60.0,
             what=path,
         )
 
     def read(self, path: str) -> bytes:
-        return self._insist(lambda: self._network.get(path), f"read {path}")
+        return self._insist(lambda: self._network.get(path), "read ", path)
 
     def size(self, path: str) -> int:
-        return len(self._insist(lambda: self._network.get(path), f"size {path}"))
+        return len(self._insist(lambda: self._network.get(path), "size ", path))
 
     def list(self, prefix: str = "") -> list[str]:
         found: list[str] = []
+        network = self._network
         folder, after = (f"{prefix}/" if prefix else ""), ""
         while True:
-            page = self._insist(partial(self._network.page, folder, after), f"list {prefix}")
+            page = self._insist(partial(network.page, folder, after), "list ", prefix)
             found += page
-            if len(page) < self._network.faults.page:
+            if len(page) < network.faults.page:
                 return found
             after = page[-1]
 
     def delete(self, path: str) -> None:
-        who = self._process.name
-        self._insist(lambda: self._network.delete(path, who), f"delete {path}")
+        network, who = self._network, self._process.name
+        self._insist(lambda: network.delete(path, who), "delete ", path)
 
     def _read_piece(self, path: str, piece: Piece) -> memoryview:
         return memoryview(self.read(path)[piece.start : piece.stop])
@@ -169,29 +172,50 @@ class SimStore(Store):
             found |= super().read_many({path: ranges}, on_range)
         return found
 
-    def _insist(self, effect: Callable[[], T], what: str) -> T:
+    def _insist(self, effect: Callable[[], T], *what: str) -> T:
         """As obstore does for what may be repeated: six attempts within a minute."""
         started = self._world.now
         for _ in range(6):
             if self._world.now - started > 60.0:
                 break
             try:
-                return self._request(effect, what, writes=False)
+                return self._request(effect, *what, writes=False)
             except Transient:
-                self._world.wait(self._world.rng.random())
-        raise StoreUnreachable(what)
+                self._world.wait(self._random())
+        raise StoreUnreachable("".join(what))
 
-    def _request(self, effect: Callable[[], T], what: str, *, writes: bool = True) -> T:
+    def _request(self, effect: Callable[[], T], *what: str, writes: bool = True) -> T:
         """Sends one request and waits for its answer, or raises Transient."""
         world, faults, process = self._world, self._network.faults, self._process
         if process.dead:
             raise Killed
+        luck = self._random()
+        there_s = self._random() * faults.latency_s
+        most = faults.crash + faults.lost + faults.late + faults.busy + faults.doubled
+        if luck < most + faults.pause:
+            self._trouble(luck, there_s, effect, "".join(what), writes=writes)
+        if process.paused_until <= world.now and world.is_idle_for(there_s):
+            world.now += there_s
+            there_s = 0.0
+            answers = [_outcome(effect)]
+        else:
+            answers = []
+            world.at(there_s, lambda: answers.append(_outcome(effect)))
+        world.wait(there_s + 0.001 + self._random() * faults.latency_s)
+        answer = answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    def _trouble(
+        self, luck: float, there_s: float, effect: Callable[[], Any], what: str, *, writes: bool
+    ) -> None:
+        """What goes wrong with a request that is out of luck; raises unless it arrives all the same."""
+        world, faults, process = self._world, self._network.faults, self._process
         rng = world.rng
-        luck = rng.random()
-        there_s = rng.random() * faults.latency_s
         if luck < (edge := faults.crash):
             if rng.random() < 0.5:  # sent before it dies
-                world.at(there_s, _quietly(effect))
+                world.at(there_s, partial(_outcome, effect))
             world.note(process.name, f"dies at: {what}")
             process.kill()
             raise Killed
@@ -200,49 +224,28 @@ class SimStore(Store):
                 world.note(process.name, f"the request is lost: {what}")
             else:
                 world.note(process.name, f"the answer is lost: {what}")
-                world.at(there_s, _quietly(effect))
+                world.at(there_s, partial(_outcome, effect))
             world.wait(10.0)
             raise Transient("no answer")
         if luck < (edge := edge + faults.late):
             if writes:
                 late_s = rng.random() * LATEST_S
                 world.note(process.name, f"arrives {late_s:.0f} s late: {what}")
-                world.at(late_s, _quietly(effect))
+                world.at(late_s, partial(_outcome, effect))
             world.wait(10.0)
             raise Transient("no answer")
         if luck < (edge := edge + faults.busy):
             world.wait(there_s)
             raise Transient("409")
-        result: list[Any] = []
-
-        def arrive() -> None:
-            try:
-                result.append(effect())
-            except (Taken, Transient, FileNotFoundError) as error:
-                result.append(error)
-
         if luck < (edge := edge + faults.doubled):
-            world.at(there_s * rng.random(), _quietly(effect))
+            world.at(there_s * rng.random(), partial(_outcome, effect))
         if luck < edge + faults.pause:
             process.pause(rng.choice((20.0, 200.0, 1500.0, 20_000.0)))
-        if world.is_idle_for(there_s) and not process.paused_until > world.now:
-            world.now += there_s
-            arrive()
-            there_s = 0.0
-        else:
-            world.at(there_s, arrive)
-        world.wait(there_s + 0.001 + rng.random() * faults.latency_s)
-        (answer,) = result
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
 
-def _quietly(effect: Callable[[], Any]) -> Callable[[], None]:
-    def run() -> None:
-        try:
-            effect()
-        except (Taken, Transient, FileNotFoundError):
-            return
-
-    return run
+def _outcome(effect: Callable[[], Any]) -> Any:
+    """What an effect gives; an error that its sender is told is given, not raised."""
+    try:
+        return effect()
+    except (Taken, Transient, FileNotFoundError) as error:
+        return error

@@ -8,11 +8,13 @@ python -m simulation.run --bug commit_before_pack --seeds 10000
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +38,19 @@ def run_seed(seed: int, profile: str = "all", *, trace: bool = False) -> Outcome
     return History(seed, PROFILES[profile], trace=trace).run()
 
 
+@contextmanager
+def collected_at_the_end() -> Iterator[None]:
+    """Python looks for garbage once, after the block, and only among what the block has made."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.enable()
+        gc.unfreeze()
+
+
 def run_seeds(
     seeds: Sequence[int],
     *,
@@ -46,7 +61,7 @@ def run_seeds(
 ) -> Summary:
     """Many histories in this process; with `stop` up to the first that fails. `parquet`: with the real one."""
     summary = Summary()
-    with simulated(parquet=parquet), planted(bug):
+    with simulated(parquet=parquet), planted(bug), collected_at_the_end():
         for seed in seeds:
             outcome = run_seed(seed, profile)
             summary.seeds += 1

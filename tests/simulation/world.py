@@ -94,12 +94,12 @@ class World:
         self._events: list[tuple[float, int, Any, int]] = []
         self._count = 0
 
-    def note(self, who: str, what: str) -> None:
+    def note(self, who: str, *what: str) -> None:
         """A line of the history."""
         if self.tracing:
-            self.trace.append(f"{self.now / 3600:9.4f} h  {who:<14} {what}")
+            self.trace.append(f"{self.now / 3600:9.4f} h  {who:<14} {''.join(what)}")
 
-    def at(self, seconds: float, action: Callable[[], None]) -> None:
+    def at(self, seconds: float, action: Callable[[], Any]) -> None:
         """Calls `action` in so many seconds."""
         self._count += 1
         heappush(self._events, (self.now + seconds, self._count, action, -1))
@@ -129,15 +129,17 @@ class World:
         if not isinstance(task, Task):
             self.now += seconds
             return
-        if task.process.dead:
+        process = task.process
+        if process.dead:
             raise Killed
         until = self.now + seconds
         if not self._events or self._events[0][0] > until:
             self.now = until  # nobody else has anything to do before
         else:
             self._push(task, seconds)
-            self._hub.switch()
-        self._rest(task)
+            self._others(task)
+        if process.dead or process.paused_until > self.now:
+            self._rest(task)
 
     def is_idle_for(self, seconds: float) -> bool:
         """Whether nothing else happens within `seconds`."""
@@ -150,7 +152,7 @@ class World:
         if task.process.dead:
             raise Killed
         task.turn += 1
-        self._hub.switch()
+        self._others(task)
         self._rest(task)
 
     def wake(self, task: Task) -> None:
@@ -161,13 +163,30 @@ class World:
     def run(self) -> None:
         """Until nothing is left to do."""
         while self._events:
-            time, _, what, turn = heappop(self._events)
-            if turn < 0:
-                self.now = max(self.now, time)
-                what()
-            elif what.turn == turn and not what.dead:
-                self.now = max(self.now, time)
-                what.switch()
+            if (task := self._next()) is not None:
+                task.switch()
+
+    def _others(self, task: Task) -> None:
+        """Lets others do what comes first, until it is the turn of this task, which calls."""
+        while self._events:
+            if (other := self._next()) is not None:
+                # Straight from task to task: a way over the hub costs two switches.
+                if other is not task:
+                    other.switch()
+                return
+        self._hub.switch()  # nobody will wake this task any more
+
+    def _next(self) -> Task | None:
+        """Takes the first event and does it; returns the task whose turn it is, if it is one's."""
+        time, _, what, turn = heappop(self._events)
+        if turn < 0:
+            self.now = max(self.now, time)
+            what()
+            return None
+        if what.turn != turn or what.dead:
+            return None
+        self.now = max(self.now, time)
+        return what  # type: ignore[no-any-return]
 
     def _push(self, task: Task, seconds: float) -> None:
         task.turn += 1
@@ -178,7 +197,7 @@ class World:
         process = task.process
         while not process.dead and process.paused_until > self.now:
             self._push(task, process.paused_until - self.now)
-            self._hub.switch()
+            self._others(task)
         if process.dead:
             raise Killed
 

@@ -421,3 +421,4 @@ def test_reading_shares_memory_where_nothing_was_lost() -> None:
     buffer = body(data, entry)
     found = open_entry(entry, buffer)["x"]
     assert np.shares_memory(found, np.frombuffer(buffer, np.uint8))
+    assert not found.flags.writeable
