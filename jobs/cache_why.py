@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +18,31 @@ import pyarrow.compute as pc
 from crab_platform import condemned
 from crab_platform import source as media
 from crab_platform.cache import FeatureCache
-from crab_platform.explain import Origin, differences, is_features, scan_all
+from crab_platform.explain import JOB, Origin, differences, is_features, scan_all
+from crab_platform.index import CacheIndex
+from crab_platform.plan import Aside, set_aside_before
+from crab_platform.plan_lookup import SET_ASIDE_BEFORE, UNREADABLE
 from crab_platform.plan_table import Status
 from crab_platform.quarantine import read_quarantine
+from crab_platform.storage import Store
 from crab_platform.work import Source
 from jobs.cache_open import open_place, preprocess_spec
 from jobs.caches import open_cache
-from jobs.output import line
+from jobs.output import line, read_result
 from jobs.plan import fields_record, sources_of
 from jobs.plan_media import sha256_of
-from jobs.plan_show import MEANING, short, size, span, told
+from jobs.plan_show import (
+    MAYBE_NOT_TAKEN,
+    MEANING,
+    not_trusted,
+    size,
+    span,
+    spec_name,
+    spec_value,
+    told,
+)
 from jobs.preprocess import build_work
-from jobs.spec import SpecError
+from jobs.spec import PreprocessSpec, SpecError
 
 _COLUMNS = (
     "key",
@@ -54,8 +70,10 @@ class Asked:
     """What a person means by CLIP."""
 
     url: str = ""
-    name: str = ""
+    names: tuple[str, ...] = ()
+    """What the data of the spec calls it; none for a clip that is not in it."""
     streams: tuple[str, ...] = ()
+    """What the job wants of it."""
     sha256: str = ""
     digits: str = ""
     """The first digits of a media's SHA-256, or of a key."""
@@ -98,13 +116,18 @@ def why(clip: str, spec_path: str | None, cache_place: str | None) -> dict[str, 
         cache = open_place(cache_place)
     asked = _asked(clip, sources_of(spec))
     entries, at_url = _entries(cache, asked)
+    before = _before(spec, cache.store)
     shas = sorted({entry["media_sha256"] for entry in entries})
+    if asked.digits and not shas:  # a clip that has no entry, since all of it was set aside
+        held_back = {aside.media_sha256 for aside in before.values()}
+        shas = sorted(sha for sha in held_back if sha.startswith(asked.digits))
     if asked.digits and len(shas) != 1:
         known = "nothing" if not shas else f"{len(shas)} media"
         raise SpecError(
             f"{clip}: {known} in {cache.store.url} begins so; give more digits, a path or a name of the data"
         )
     sha256 = asked.sha256 or (shas[0] if shas else "")
+    asides = _asides(before, asked, sha256)
     work = build_work(spec)
     stores = (cache.store, *cache.layers)
     index = cache.index({store.url: condemned.left_out(store)[1] for store in stores})
@@ -126,15 +149,19 @@ def why(clip: str, spec_path: str | None, cache_place: str | None) -> dict[str, 
         ]
         others.sort(key=lambda entry: entry["commit"], reverse=True)
         others.sort(key=lambda entry: len(entry["fields"]))
-        if not asked.streams and not held and not others:
+        if asked.digits and not held and not others and name not in asides:
             continue  # the media was given by its digest: what it has none of was not asked for
         windows = work.decoded_key(name, sha256).digest
         status: Status = "hit" if found else "miss"
+        reason = "hit" if found else _reason(others, bool(entries), at_url)
+        if not found and name in asides:
+            status, reason = "set_aside", SET_ASIDE_BEFORE
         streams.append(
             {
                 "stream": name,
                 "status": status,
-                "reason": "hit" if found else _reason(others, bool(entries), at_url),
+                "reason": reason,
+                "detail": asides[name] if status == "set_aside" else "",
                 "key": key.digest,
                 "entry": held[0] if held else None,
                 "decoded_kept": windows in index,
@@ -145,11 +172,37 @@ def why(clip: str, spec_path: str | None, cache_place: str | None) -> dict[str, 
         "clip": clip,
         "cache": cache.store.url,
         "media_sha256": sha256,
+        "in_spec": None if asked.digits else bool(asked.names),
         "streams": streams,
         "other_versions": at_url,
+        "not_used_commits": _not_used(index),
     }
-    _show(result)
+    _show(result, cache_place or spec_path)
     return result
+
+
+def _before(spec: PreprocessSpec, store: Store) -> dict[tuple[str, str], Aside]:
+    """What the job's last manifest set aside, by name and stream."""
+    last = read_result(spec.folder)
+    return set_aside_before(store, str(last["manifest"])) if last and "manifest" in last else {}
+
+
+def _asides(before: Mapping[tuple[str, str], Aside], asked: Asked, sha256: str) -> dict[str, str]:
+    """Stream -> why the last run set it aside, of these very bytes."""
+    return {
+        stream: aside.reason
+        for (name, stream), aside in before.items()
+        if (name in asked.names or asked.digits)
+        and aside.media_sha256 == sha256
+        and aside.reason not in UNREADABLE
+    }
+
+
+def _not_used(index: CacheIndex) -> dict[str, int]:
+    """Reason -> commits, here and in the layers below."""
+    return dict(
+        Counter(reason for one in (index, *index.below) for reason in one.skipped_commits.values())
+    )
 
 
 def _asked(clip: str, sources: Sequence[Source]) -> Asked:
@@ -157,34 +210,38 @@ def _asked(clip: str, sources: Sequence[Source]) -> Asked:
     if _FEWEST_DIGITS <= len(clip) <= 64 and set(clip) <= _HEX and not Path(clip).exists():
         return Asked(digits=clip)
     source = _source(clip, sources)
+    names: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
     if source is not None:
-        url, name, streams = source.url, source.name, source.streams
+        url, names, streams = source.url, (source.name, *source.aliases), source.streams
     elif "://" in clip or Path(clip).exists() or not sources:
-        url = (
-            clip if not media.is_local(clip) else str(Path(clip.removeprefix("file://")).absolute())
-        )
-        name, streams = "", ()
+        url = _place(clip)
     else:
-        names = [name for one in sources for name in (one.name, *one.aliases)]
+        known = [name for one in sources for name in (one.name, *one.aliases)]
         near = difflib.get_close_matches(
-            clip, [*names, *(name.rpartition("/")[2] for name in names)], n=1
+            clip, [*known, *(name.rpartition("/")[2] for name in known)], n=1
         )
-        hint = f"; did you mean {near[0]!r}?" if near else f"; the first name there is {names[0]!r}"
+        hint = f"; did you mean {near[0]!r}?" if near else f"; the first name there is {known[0]!r}"
         raise SpecError(f"{clip} is no file, no digest, and no name of the data of this spec{hint}")
     try:
         sha256, _ = sha256_of(url)
     except FileNotFoundError:
-        return Asked(url=url, name=name, streams=streams, problem=media.NOT_FOUND)
+        return Asked(url=url, names=names, streams=streams, problem=media.NOT_FOUND)
     except Exception:  # any client's error: the answer says that the file cannot be read
-        return Asked(url=url, name=name, streams=streams, problem=media.UNREACHABLE)
-    return Asked(url=url, name=name, streams=streams, sha256=sha256)
+        return Asked(url=url, names=names, streams=streams, problem=media.UNREACHABLE)
+    return Asked(url=url, names=names, streams=streams, sha256=sha256)
+
+
+def _place(clip: str) -> str:
+    """A URL as it is, a path as the data of a spec has it: absolute, and without `..`."""
+    return os.path.abspath(clip.removeprefix("file://")) if media.is_local(clip) else clip
 
 
 def _source(clip: str, sources: Sequence[Source]) -> Source | None:
     """The source that is meant by its name, the end of its name, or its place."""
-    place = clip if "://" in clip else str(Path(clip).absolute())
+    place = _place(clip)
     for source in sources:
-        if clip in (source.name, *source.aliases) or source.url in (clip, place):
+        if clip in (source.name, *source.aliases) or _place(source.url) == place:
             return source
     ends = [s for s in sources if any(n.endswith(f"/{clip}") for n in (s.name, *s.aliases))]
     if len(ends) > 1:
@@ -212,6 +269,7 @@ def _entries(
                 experiment=row.pop("experiment"),
                 team=row.pop("team"),
                 layer=layer,
+                job=row.pop(JOB),
             )
             row["record"] = json.loads(row["record"])
             is_same = not asked.sha256 or row["media_sha256"] == asked.sha256
@@ -252,27 +310,55 @@ def _reason(others: Sequence[Mapping[str, Any]], seen: bool, at_url: Sequence[ob
     return "file_changed" if at_url else "never_seen"
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def _show(result: Mapping[str, Any], place: str) -> None:
     line(f"{result['clip']}: media {result['media_sha256'] or 'unknown'}")
+    if result["in_spec"] is False:
+        line("  it is no clip of this spec's data: what follows is for every stream of the job")
+    if not result["streams"]:
+        line(f"  no entry of it is in {result['cache']}, and the last run set none of it aside")
+    shared = _decoded_together(result["streams"])
+    if shared:
+        line(f"  decode {span(shared)}, for all its streams together")
     for one in result["streams"]:
         line("")
+        detail = f" ({one['detail']})" if one.get("detail") else ""
         if one["status"] == "hit":
             line(f"{one['stream']}: hit, key {one['key']}")
             if one["entry"]:
-                _show_where(one["entry"])
+                _show_where(one["entry"], with_decode=not shared)
         else:
-            line(f"{one['stream']}: {one['status'].replace('_', ' ')}, {MEANING[one['reason']]}")
+            why = MEANING[one["reason"]]
+            if one["reason"] == "never_seen" and not_trusted(result["not_used_commits"]):
+                why += f"; {MAYBE_NOT_TAKEN}"
+            line(f"{one['stream']}: {one['status'].replace('_', ' ')}, {why}{detail}")
         if one.get("decoded_kept") and one["status"] == "miss":
             line("  its decoded windows are in the cache: it would not be decoded again")
         for entry in one.get("earlier", ())[:10]:
             line(f"  earlier entry {entry['key'][:12]} by {told(entry)}{_taken_back(entry)}")
             for field in entry["fields"]:
                 line(
-                    f"    {field['field']}: {short(field['cached'])} there, {short(field['wanted'])} wanted"
+                    f"    {spec_name(field['field'], one['stream'])}: {spec_value(field, 'cached')} there, "
+                    f"{spec_value(field, 'wanted')} wanted"
                 )
         if len(one.get("earlier", ())) > 10:
             line(f"  and {len(one['earlier']) - 10} more (--json has them)")
     _show_other_versions(result)
+    if result["not_used_commits"]:
+        told_of = ", ".join(f"{count:,} {why}" for why, count in result["not_used_commits"].items())
+        line(
+            f"commits that were not used: {told_of}; somebody should look: `crab cache stat {shlex.quote(place)}` "
+            "lists them"
+        )
+
+
+def _decoded_together(streams: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds that one run took to decode all streams, each entry bearing its share; None where there is no such run
+    of two or more."""
+    entries = [one["entry"] for one in streams if one.get("entry")]
+    shares = [entry["decode_s"] for entry in entries]
+    runs = {(entry["run"], entry["layer"]) for entry in entries}
+    is_one = len(entries) > 1 and len(entries) == len(streams) and len(runs) == 1
+    return sum(shares) if is_one and all(shares) else None
 
 
 def _show_entries(result: Mapping[str, Any]) -> None:
@@ -291,14 +377,15 @@ def _show_entries(result: Mapping[str, Any]) -> None:
     _show_other_versions(result)
 
 
-def _show_where(entry: Mapping[str, Any]) -> None:
+def _show_where(entry: Mapping[str, Any], *, with_decode: bool = True) -> None:
     place = f" of {entry['layer']}" if entry["layer"] else ""
     line(f"  by {told(entry)}")
     line(
         f"  {size(entry['length'])} at byte {entry['offset']} of {entry['pack']}{place}, commit {entry['commit']}"
     )
-    decode = span(entry["decode_s"] or None)
-    cost = f"decode {decode}, encode {span(entry['encode_s'] or None)}"
+    cost = f"encode {span(entry['encode_s'] or None)}"
+    if with_decode:
+        cost = f"its share of the decode {span(entry['decode_s'] or None)}, {cost}"
     line(
         f"  it cost: {cost}{' on ' + entry['device'] if entry['device'] else ''}; tolerance {entry['tolerance']:g}"
     )

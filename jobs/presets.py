@@ -66,9 +66,24 @@ def encoder_configs(spec: Encoders) -> tuple[EncoderConfig, EncoderConfig]:
         )
         audio = audio or EncoderConfig(kind="beats", path=str(tiny_folder("beats")))
     if video is None or audio is None:
+        without = (
+            f"the preset {spec.preset!r} brings no weights"
+            if spec.preset
+            else "without a preset there are no weights"
+        )
+        examples = {
+            "video": "{kind: clip, path: /models/clip-vit-l-14, select_layers: [14, 22, 23]}",
+            "audio": "{kind: beats, path: /models/beats.pt}",
+        }
+        given = {"video": video, "audio": audio}
+        todo = [
+            f"--set 'encoders.{name}={example}'"
+            for name, example in examples.items()
+            if given[name] is None
+        ]
         raise SpecError(
-            f"encoders: preset {spec.preset!r} brings no weights; give video.path (a CLIP folder) and "
-            "audio.path (a BEATs checkpoint), for example --set encoders.video.path=/models/clip-vit-l-14"
+            f"encoders: {without}; give a CLIP folder for video and a BEATs checkpoint for audio, for "
+            f"example {' '.join(todo)}"
         )
     return _absolute(video), _absolute(audio)
 

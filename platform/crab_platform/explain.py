@@ -8,6 +8,7 @@ clips has a handful of such *shapes*, so that two records are compared once and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from crab_platform.cache import FeatureCache
 from crab_platform.commits import id_time_ns
 from crab_platform.identity import differing_fields
 from crab_platform.trust import FileName
+from crab_platform.usage import read_usage
 
 Ints = np.ndarray[Any, Any]
 Differences = tuple[tuple[str, object, object], ...]
@@ -43,7 +45,11 @@ SCANNED = (
 )
 """The columns of a commit that an explanation, or a rate, is made of."""
 
+JOB = "job"
+"""Column that `scan_all` adds where `run` is asked for: the name of the job, "" where no usage file tells it."""
+
 _FIELD = '"media_sha256":"'
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _FAR = np.iinfo(np.int16).max
 
 
@@ -57,6 +63,8 @@ class Origin:
     team: str = ""
     layer: str = ""
     """URL of the cache that it lies in, "" for the job's own."""
+    job: str = ""
+    """Name of the job, "" where it is not known."""
 
     @property
     def at(self) -> str:
@@ -65,9 +73,8 @@ class Origin:
 
     def told(self) -> str:
         """The same for a person."""
-        who = f"run {self.run}" if self.run else "a run without a name"
         more = [f"{name} {value}" for name, value in self._rest() if value]
-        return ", ".join([who, *more, self.at])
+        return ", ".join([maker(self.job, self.run), *more, self.at])
 
     def _rest(self) -> tuple[tuple[str, str], ...]:
         return (("experiment", self.experiment), ("team", self.team), ("in", self.layer))
@@ -75,6 +82,7 @@ class Origin:
     def record(self) -> dict[str, str]:
         """For JSON."""
         return {
+            "job": self.job,
             "run": self.run,
             "experiment": self.experiment,
             "team": self.team,
@@ -84,6 +92,14 @@ class Origin:
         }
 
 
+def maker(job: str, run: str) -> str:
+    """Who made something, for a person: "job prep (run 18c6bdf8)". Ids of MLflow by their first digits."""
+    brief = run[:8] if _RUN_ID.fullmatch(run) else run
+    if job:
+        return f"job {job} (run {brief})" if run else f"job {job}"
+    return f"run {brief}" if run else "a run without a name"
+
+
 def time_of(identifier: str) -> str:
     """The time in a commit's id, UTC, to the second."""
     moment = datetime.fromtimestamp(id_time_ns(identifier) / 1e9, UTC)
@@ -91,13 +107,30 @@ def time_of(identifier: str) -> str:
 
 
 def scan_all(cache: FeatureCache, columns: Sequence[str]) -> Iterator[tuple[str, FileName, Any]]:
-    """(layer, name, table) of every usable commit, of the layers below first: what is nearer home is told of."""
+    """(layer, name, table) of every usable commit, of the layers below first: what is nearer home is told of.
+
+    With the column `run` comes JOB.
+    """
     for store in reversed(cache.layers):
         below = FeatureCache(store, trust=cache.trust)
-        for name, table in below.scan(columns):
+        for name, table in _with_jobs(below, columns):
             yield store.url, name, table
-    for name, table in cache.scan(columns):
+    for name, table in _with_jobs(cache, columns):
         yield "", name, table
+
+
+def _with_jobs(cache: FeatureCache, columns: Sequence[str]) -> Iterator[tuple[FileName, Any]]:
+    job_of: dict[str, str] | None = None
+    for name, table in cache.scan(columns):
+        if "run" not in columns:
+            yield name, table
+            continue
+        if job_of is None:
+            made = (usage for usage in read_usage(cache.store) if usage.kind == "preprocess")
+            job_of = {usage.run: usage.job for usage in made if usage.run}
+        runs = table.column("run").combine_chunks().dictionary_encode()
+        names = pa.array([job_of.get(run, "") for run in runs.dictionary.to_pylist()], pa.string())
+        yield name, table.append_column(JOB, names.take(runs.indices))
 
 
 class Origins:
@@ -109,27 +142,24 @@ class Origins:
 
     def numbers(self, layer: str, name: FileName, table: Any) -> Ints:
         """(n,) the number of each row's origin."""
-        columns = [table.column(column) for column in ("run", "experiment", "team")]
+        columns = [table.column(column) for column in ("run", "experiment", "team", JOB)]
         if all(len(column.unique()) <= 1 for column in columns):  # as our own writers make them
-            run, experiment, team = (column[0].as_py() if len(column) else "" for column in columns)
-            one = self._of(
-                Origin(
-                    commit=name.identifier, run=run, experiment=experiment, team=team, layer=layer
-                )
-            )
-            return np.full(table.num_rows, one, np.int32)
+            one = (column[0].as_py() if len(column) else "" for column in columns)
+            return np.full(table.num_rows, self._of(layer, name, *one), np.int32)
         rows = zip(*(column.to_pylist() for column in columns), strict=True)
-        found = [
-            self._of(
-                Origin(
-                    commit=name.identifier, run=run, experiment=experiment, team=team, layer=layer
-                )
-            )
-            for run, experiment, team in rows
-        ]
-        return np.asarray(found, np.int32)
+        return np.asarray([self._of(layer, name, *row) for row in rows], np.int32)
 
-    def _of(self, origin: Origin) -> int:
+    def _of(
+        self, layer: str, name: FileName, run: str, experiment: str, team: str, job: str
+    ) -> int:
+        origin = Origin(
+            commit=name.identifier,
+            run=run,
+            experiment=experiment,
+            team=team,
+            layer=layer,
+            job=job,
+        )
         if origin not in self._number:
             self._number[origin] = len(self.origins)
             self.origins.append(origin)

@@ -186,6 +186,68 @@ def test_stat_is_loud_about_strangers_and_conflicts(tmp_path: Path, crab: Crab) 
     assert "ALARM: 2 commits are not used: unsigned" in said
 
 
+def test_stat_names_commits_that_were_not_used_in_layers_too(tmp_path: Path, crab: Crab) -> None:
+    public = {}
+    for zone in ("ours", "theirs"):
+        _, made, _ = crab("cache", "keygen", tmp_path / zone)
+        public[zone] = made["public_key"]
+    below = open_store(tmp_path / "below")
+    theirs = Signer("theirs", str(tmp_path / "theirs"))
+    for number in range(11):
+        FeatureCache(below, signer=theirs).commit([entry(number)])
+    FeatureCache(open_store(tmp_path / "cache")).commit([entry(20)])
+    (tmp_path / "media").mkdir()
+    cache = {
+        "url": str(tmp_path / "cache"),
+        "zone": "ours",
+        "trust": {"ours": public["ours"]},
+        "read_through": [below.url],
+    }
+    spec = spec_of(tmp_path, cache)
+    code, found, said = crab("cache", "stat", spec)
+    assert code == 0
+    told = [(one["cache"], one["reason"], one["count"]) for one in found["not_used_commits"]]
+    assert told == [
+        (str(tmp_path / "cache"), "unsigned", 1),
+        (below.url, "zone_not_trusted", 11),
+    ]
+    first = found["not_used_commits"][1]["first"]
+    newest = sorted(below.list(commits.COMMITS), reverse=True)[:10]
+    assert [one["path"] for one in first] == newest
+    assert {one["zone"] for one in first} == {"theirs"}
+    assert f"11 commits of {below.url}" in said
+    assert f"{first[0]['identifier']}, zone theirs" in said
+    assert "and 1 older" in said
+
+    for command in (["plan", spec], ["cache", "why", spec, "--spec", spec]):
+        _, _, said = crab(*command)
+        assert "11 zone_not_trusted" in said
+        assert "`crab cache stat " in said
+
+
+def test_stat_of_a_folder_that_is_no_cache_and_of_an_empty_one(tmp_path: Path, crab: Crab) -> None:
+    (tmp_path / "cache").mkdir()
+    code, _, said = crab("cache", "stat", tmp_path / "cache")
+    assert (code, "empty" in said) == (0, True)
+    (tmp_path / "cache" / "notes.txt").write_text("mine")
+    code, _, said = crab("cache", "stat", tmp_path / "cache")
+    assert (code, "holds no cache" in said) == (2, True)
+
+
+def test_stat_tells_leases_of_jobs_at_work_from_manifests_that_are_kept(
+    shared: FeatureCache, crab: Crab
+) -> None:
+    (digest,) = (path[10:-8] for path in shared.store.list("manifests"))
+    LeaseHolder(shared.store, "looks-up").renew(seen=())
+    LeaseHolder(shared.store, "reads").renew(manifests=(digest,))
+    ended = LeaseHolder(shared.store, "ended")
+    ended.renew(seen=())
+    ended.leave(7 * DAY_S, [digest])
+    _, found, said = crab("cache", "stat", shared.store.url)
+    assert (found["leases"], found["leases_of_jobs_at_work"]) == (3, 2)
+    assert "2 of jobs at work, 1 keep" in re.sub(r"[\s│]+", " ", said)
+
+
 def test_damage_is_found_taken_back_and_computed_anew(shared: FeatureCache, crab: Crab) -> None:
     url = shared.store.url
     code, found, _ = crab("cache", "verify", url, "--all")

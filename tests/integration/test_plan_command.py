@@ -19,6 +19,7 @@ from crab_platform.catalog import ManifestRow, write_manifest
 from crab_platform.commits import Writer
 from crab_platform.packs import new_entry
 from crab_platform.storage import open_store
+from crab_platform.usage import Usage, write_usage
 from jobs.cache_why import why
 from jobs.plan import plan_spec, sources_of
 from jobs.preprocess import build_work
@@ -158,6 +159,55 @@ def test_why_tells_where_a_hit_lies_and_what_makes_a_miss(spec_file: Path):
 
     with pytest.raises(SpecError, match=r"did you mean '0.mkv'"):
         why("00.mkv", str(spec_file), None)
+
+
+def test_why_of_a_clip_that_was_set_aside_says_so(
+    spec_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = f"{spec_file.parent}/clips/../clips/notes.txt"
+    found = why(place, str(spec_file), None)
+    (video,) = found["streams"]  # the job wants no sound of it
+    assert (video["stream"], video["status"], video["detail"]) == ("video", "set_aside", "corrupt")
+    assert "video: set aside, by the last run; it is tried again (corrupt)" in (
+        capsys.readouterr().err
+    )
+    by_digits = why(found["media_sha256"][:12], str(spec_file), None)
+    assert [one["status"] for one in by_digits["streams"]] == ["set_aside"]
+
+
+def test_why_of_a_clip_that_is_not_in_the_data_says_so(
+    spec_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = spec_file.with_name("other.bin")
+    other.write_text("no clip of the job")
+    found = why(str(other), str(spec_file), None)
+    assert found["in_spec"] is False
+    assert [one["reason"] for one in found["streams"]] == ["never_seen"] * len(found["streams"])
+    said = capsys.readouterr().err
+    assert "it is no clip of this spec's data" in said
+    assert "never seen here, neither under this name nor by its content" in said
+    assert why("mine/0.mkv", str(spec_file), None)["in_spec"] is True
+
+
+def test_people_read_the_names_of_specs_jobs_and_sums(
+    spec_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(spec_file.parent / "cache")
+    write_usage(store, Usage(kind="preprocess", job="prep", run="r1"))
+    changes = ["encoders.store_as=float32", "encoders.codec=blosc2-shuffle-zstd1"]
+    plan_spec(load_spec(spec_file, changes))
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "encoders.codec: raw -> blosc2-shuffle-zstd1" in said
+    assert "encoders.store_as: float16 -> float32" in said
+    assert "by job prep (run r1), team vision" in said
+    assert "never seen here under this name, size and time" in said
+    assert "with 1 encode actor, plus the start of Ray" in said
+    assert said.count("unsure:") == 1
+
+    why("mine/0.mkv", str(spec_file), None)
+    said = capsys.readouterr().err
+    assert "decode 1 s, for all its streams together" in said
+    assert said.count("decode") == 1
 
 
 def test_a_sequence_says_of_each_step_what_it_needs(spec_file: Path):

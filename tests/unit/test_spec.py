@@ -1,9 +1,12 @@
 """Specs: what is refused, how it is said, and what counts as the same job."""
 
+import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from crab.tasks import TASKS
 from jobs import preprocess
@@ -141,19 +144,23 @@ def test_a_model_is_a_preset_and_what_differs() -> None:
         crab_model_config(spec.model.model_copy(update={"set": {"adapter": {"num_head": 5}}}))
 
 
-def test_the_paper_preset_names_what_it_needs() -> None:
-    spec = parse_spec(
-        {
-            "job": "preprocess",
-            "name": "a",
-            "data": [{"name": "d", "files": "."}],
-            "cache": "c",
-            "encoders": {"preset": "paper"},
-        }
-    )
+@pytest.mark.parametrize("preset", ["paper", None])
+def test_without_weights_the_error_says_what_works(preset: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    values = {"job": "preprocess", "name": "a", "data": [{"name": "d", "files": "."}], "cache": "c"}
+    path.write_text(yaml.safe_dump(values | {"encoders": {"preset": preset}}))
+    spec = load_spec(path)
     assert isinstance(spec, PreprocessSpec)
-    with pytest.raises(SpecError, match=r"video\.path"):
+    with pytest.raises(SpecError, match="no weights") as raised:
         encoder_configs(spec.encoders)
+    assert "None" not in str(raised.value)
+    words = shlex.split(str(raised.value))
+    advice = [value for name, value in pairwise(words) if name == "--set"]
+    assert len(advice) == 2
+    spec = load_spec(path, advice)
+    assert isinstance(spec, PreprocessSpec)
+    video, audio = encoder_configs(spec.encoders)
+    assert (video.kind, audio.kind) == ("clip", "beats")
 
 
 @pytest.mark.parametrize(
