@@ -39,7 +39,7 @@ def _in_ray_data(error: Exception) -> None:
 
 def _raises(error: Exception) -> Callable[[object], object]:
     def work(_: object) -> object:
-        raise error
+        raise error from OSError("HTTP 403")  # as most of ours are raised
 
     return work
 
@@ -50,10 +50,10 @@ def test_an_error_of_a_worker_is_told_in_its_own_words(
 ) -> None:
     def told(error: Exception) -> Exception:
         kind = types.ModuleType("jobs.failing")
-        kind.run = lambda spec: where(error)  # type: ignore[attr-defined]
+        kind.run = lambda spec: where(error)  # type: ignore[attr-defined]  # a module made here
         monkeypatch.setitem(sys.modules, "jobs.failing", kind)
         with pytest.raises((JobFailed, StoreUnreachable)) as found:
-            run_spec(types.SimpleNamespace(job="failing", name="x"))  # type: ignore[arg-type]
+            run_spec(types.SimpleNamespace(job="failing", name="x"))  # type: ignore[arg-type]  # no real kind
         return found.value
 
     said = told(ValueError("clip 7 has 3 channels"))
