@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from crab.encoders import VisionEncoder, load_encoder
+from crab.encoders.frozen import VisionEncoder
+from crab.encoders.load import load_encoder
 from crab.media import DecodeRequest, decode_request
 from crab.sampling import AudioSampling, VideoSampling
 from crab.synth.dataset import synthesise

@@ -51,6 +51,7 @@ def audit(spec: PreprocessSpec, files: Sequence[str], work: Work | None = None) 
     because native libraries read it unseen.
     """
     work = work or build_work(spec)
+    import_all(work)
     report = audited(partial(make_features, work, files, decode_here), declared_inputs(spec, files))
     return Report(accesses=report.accesses, problems=(*report.problems, *variables_that_are_set()))
 
@@ -68,6 +69,12 @@ def variables_that_are_set() -> tuple[str, ...]:
         for name in RESULT_VARIABLES
         if name in os.environ
     )
+
+
+def import_all(work: Work) -> None:
+    """Loads the encoders once: what libraries look at while they are imported is no input of a feature."""
+    for stream in work.streams.values():
+        stream.make_encoder()
 
 
 def make_features(work: Work, files: Sequence[str], decode: Decoder) -> int:

@@ -106,6 +106,8 @@ def _show(
         )
     if report.applied and (report.condemned or report.waiting):
         line("Condemned files are deleted by a later pass: run the same command again in some days")
+    elif report.missing_manifests:
+        line("Nothing was changed.")
     elif report.applied:
         line("There was nothing to condemn." if report.deleted else "There was nothing to do.")
     elif report.condemned or report.deleted:

@@ -56,7 +56,10 @@ def load_dataset(source: DataSource, special: Mapping[str, str]) -> Dataset:
     folder = Path(source.files)
     if not folder.is_dir():
         raise SpecError(f"data {source.name!r}: {source.files} is not a folder")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(
+        (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")),
+        key=lambda path: path.parts,
+    )
     sources = [
         Source(
             name=f"{source.name}/{path.relative_to(folder).as_posix()}",

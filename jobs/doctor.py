@@ -107,7 +107,7 @@ def _decode() -> str:
 def _encoders() -> str:
     import numpy as np
 
-    from crab.encoders import load_encoder
+    from crab.encoders.load import load_encoder
     from jobs.presets import encoder_configs
     from jobs.spec import Encoders
 

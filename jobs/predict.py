@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from crab.encoders import AudioEncoder, Encoder, VisionEncoder, load_encoder
+from crab.encoders.base import Encoder
+from crab.encoders.frozen import AudioEncoder, VisionEncoder
+from crab.encoders.load import load_encoder
 from crab.evaluate import get_task
 from crab.media import Decoded, DecodePool, DecodeRequest, Failure
 from crab.model.collate import Example

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
-from crab.encoders import AudioEncoder, Encoder, EncoderConfig, VisionEncoder, load_encoder
+from crab.encoders.config import EncoderConfig
+from crab.encoders.identity import EncoderIdentity, expect_record, identify
 from crab.media import DecodePool, DecodeRequest, Failure, decode_record
 from crab.sampling import AudioSampling, VideoSampling, music_avqa_audio
 from crab_platform import tracking
@@ -53,15 +55,15 @@ def run(spec: PreprocessSpec) -> dict[str, object]:
 def build_work(spec: PreprocessSpec) -> Work:
     """What has to be decoded and encoded, and how it is keyed."""
     video, audio = encoder_configs(spec.encoders)
-    vision, hearing = load_encoder(video), load_encoder(audio)
-    if not isinstance(vision, VisionEncoder) or not isinstance(hearing, AudioEncoder):
+    vision, hearing = identify(video), identify(audio)
+    if vision.image_size is None or hearing.stream != "audio":
         raise SpecError("encoders: video needs an encoder of kind clip, audio one of kind beats")
     frames = spec.sampling.video(vision.image_size)
     still = VideoSampling(num_frames=1, size=vision.image_size)
     sounds: dict[str, AudioSampling] = {"audio": spec.sampling.audio()}
     if "music-avqa" in spec.sampling.tasks.values():
         sounds["audio:music-avqa"] = music_avqa_audio()
-    ways: list[tuple[str, VideoSampling | AudioSampling, Encoder, EncoderConfig]] = [
+    ways: list[tuple[str, VideoSampling | AudioSampling, EncoderIdentity, EncoderConfig]] = [
         ("video", frames, vision, video),
         ("image", still, vision, video),
         *((name, sampling, hearing, audio) for name, sampling in sounds.items()),
@@ -70,13 +72,13 @@ def build_work(spec: PreprocessSpec) -> Work:
         name: StreamWork(
             stream=name.partition(":")[0],
             sampling=sampling.record(),
-            encoder=encoder.record(),
+            encoder=encoder.record,
             dtype=spec.encoders.store_as,
             codec=spec.encoders.codec,
             device="cuda" if spec.pipeline.encode_gpus else "cpu",
             tolerance=tolerance_of(spec.encoders.store_as, config.dtype),
             request=sampling,
-            make_encoder=partial(_make_encoder, config),
+            make_encoder=partial(_make_encoder, config, encoder.record),
         )
         for name, sampling, encoder, config in ways
     }
@@ -132,8 +134,15 @@ def _make_decoder(limits: Decode, processes: int) -> PoolDecoder:
     return PoolDecoder(limits, processes)
 
 
-def _make_encoder(config: EncoderConfig) -> Encode:
-    return load_encoder(config).encode
+def _make_encoder(config: EncoderConfig, record: Mapping[str, Any]) -> Encode:
+    """Raises ValueError where the weights are no longer those of the record, which stands in the keys."""
+    from crab.encoders.load import (
+        load_encoder,  # torch and transformers, which a warm job does not need
+    )
+
+    encoder = load_encoder(config)
+    expect_record(config, encoder.record(), record)
+    return encoder.encode
 
 
 def _record(

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crab.encoders import EncoderConfig
-from crab.encoders.tiny import TINY_SELECT_LAYERS
+from crab.encoders.config import TINY_SELECT_LAYERS, EncoderConfig
 from crab.model import config as crab_config
 from crab.model.config import CrabConfig
 from crab_platform.identity import digest, sha256_file

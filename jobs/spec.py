@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from crab.encoders import EncoderConfig
+from crab.encoders.config import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
 from crab.tasks import TASKS
 from crab_platform.identity import digest

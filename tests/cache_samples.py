@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from crab_platform.catalog import ManifestRow
 from crab_platform.identity import FeatureKey
-from crab_platform.packs import NewEntry, new_entry
+from crab_platform.packs import Entry, NewEntry, new_entry
 
 Damage = Callable[[str, Callable[[bytes], bytes]], None]
 """(path in the store, what to do to its bytes): changes a file behind the store's back."""
@@ -49,3 +50,17 @@ def equal_to_stored(found: dict[str, np.ndarray], number: int, dtype: str = "flo
         and found[name].tobytes() == expected[name].tobytes()
         for name in expected
     )
+
+
+def rows(entries: Iterable[Entry]) -> list[ManifestRow]:
+    """Rows of a manifest: clip-0 of `key(0)`, and so on."""
+    return [
+        ManifestRow(
+            source=f"clip-{number}",
+            stream="video",
+            status="ready",
+            media_sha256=key(number).media_sha256,
+            entry=one,
+        )
+        for number, one in enumerate(entries)
+    ]

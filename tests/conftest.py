@@ -13,11 +13,20 @@ from cache_samples import Damage
 from obstore.store import S3Store
 from servers.seaweedfs import S3Server, seaweedfs, weed_path
 
+from crab.encoders.identity import CACHE_DIR_VARIABLE
 from crab_platform.storage import Store, open_store
 
 # Ray's workers and other children import what tests hand them (recipes, hostile decoders) by name.
 _HERE = str(Path(__file__).resolve().parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remembered_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of encoders is remembered for this session, and not in the home of whoever tests."""
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("remembered")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,4 @@
-"""Frozen visual and audio encoders behind one Protocol; `load_encoder` is the way in."""
+"""Frozen visual and audio encoders behind one Protocol; `load.load_encoder` is the way in.
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-from crab.encoders.base import Encoder, EncoderConfig
-from crab.encoders.beats_checkpoint import convert_beats_checkpoint, load_beats
-from crab.encoders.clip import load_vision
-from crab.encoders.frozen import AudioEncoder, VisionEncoder
-from crab.encoders.weights import locate_weights
-
-__all__ = [
-    "AudioEncoder",
-    "Encoder",
-    "EncoderConfig",
-    "VisionEncoder",
-    "convert_beats_checkpoint",
-    "load_encoder",
-]
-
-
-def load_encoder(config: EncoderConfig | Mapping[str, Any]) -> VisionEncoder | AudioEncoder:
-    """The encoder that `config` describes, on its device, frozen. See `EncoderConfig`.
-
-    Raises ValueError (pydantic's for unknown or contradictory fields) for weights that are absent,
-    pickled, incomplete or of another kind, and for layers that the network does not have.
-    """
-    if not isinstance(config, EncoderConfig):
-        config = EncoderConfig.model_validate(dict(config))
-    path = locate_weights(config)
-    if config.kind == "beats":
-        return AudioEncoder(load_beats(path), config)
-    return VisionEncoder(load_vision(path, config.select_layers), config)
+Nothing is imported here: a spec needs `config` alone, and torch and transformers take seconds to import.
+"""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+
+from crab.encoders.config import EncoderConfig
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -25,49 +26,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class EncoderConfig(BaseModel):
-    """Which weights, which layers, and how to run them. Exactly one of `path` and `hub_id`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["clip", "beats"]
-    """"clip" is any CLIP or SigLIP checkpoint (images), "beats" any BEATs checkpoint (audio)."""
-    path: str = ""
-    """Folder with config.json and safetensors; for BEATs also a public `.pt` file."""
-    hub_id: str = ""
-    """Hugging Face repository. The only field that may lead to a download."""
-    revision: str = "main"
-    select_layers: tuple[int, ...] = ()
-    """Indices into Hugging Face's `hidden_states` (0 = embeddings); clip only."""
-    device: str = "auto"
-    """A torch device, or "auto": CUDA where there is one, else the CPU."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = Field(default=32, ge=1)
-    """Items in one forward pass; bounds memory."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if bool(self.path) == bool(self.hub_id):
-            raise ValueError(
-                f"got path={self.path!r} and hub_id={self.hub_id!r}; give exactly one: path for a "
-                "local folder, hub_id for a repository that may be downloaded"
-            )
-        if self.kind == "clip" and not self.select_layers:
-            raise ValueError(
-                "select_layers is empty; name the hidden states to keep, e.g. [14, 22, 23] for "
-                "ViT-L/14"
-            )
-        if self.kind == "beats" and self.select_layers:
-            raise ValueError(
-                f"select_layers={list(self.select_layers)} was given for a BEATs encoder, which "
-                "returns its last layer only; remove the field"
-            )
-        return self
-
-    def torch_device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def torch_device(config: EncoderConfig) -> torch.device:
+    """The device that a config names."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @runtime_checkable

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crab.encoders.beats import Beats, BeatsConfig
-from crab.encoders.weights import read_safetensors
+from crab.encoders.weights import require_safetensors
 
 _SHARED_BIAS = ".self_attn.relative_attention_bias.weight"
 _BIAS = "encoder.layers.0" + _SHARED_BIAS
@@ -31,7 +31,7 @@ def read_beats(path: Path) -> tuple[BeatsConfig, dict[str, Tensor]]:
     Raises ValueError for a file that is not a BEATs checkpoint or needs to run code to be read.
     """
     if path.is_dir():
-        state = read_safetensors(path)
+        state = _read_safetensors(path)
         fields = json.loads((path / "config.json").read_text())
         kind = fields.pop("model_type", "nothing")
         if kind != "beats":
@@ -112,3 +112,18 @@ def _used_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         used[name] = value.float()
     return used
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or from the shards that its index names."""
+    require_safetensors(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(folder / "model.safetensors")
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names {shard!r}; shards must lie in the same folder")
+        tensors.update(load_file(folder / shard))
+    return tensors

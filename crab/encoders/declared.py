@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crab.encoders.base import EncoderConfig
+from crab.encoders.config import EncoderConfig
 from crab.encoders.weights import locate_weights
 
 RESULT_VARIABLES = (

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crab.encoders.base import DTYPES, EncoderConfig, architecture_lines, encode_in_batches
+from crab.encoders.base import DTYPES, architecture_lines, encode_in_batches, torch_device
 from crab.encoders.beats import Beats
 from crab.encoders.clip import VisionFeatures
+from crab.encoders.config import EncoderConfig
 from crab.encoders.digest import weights_digest
 from crab.encoders.fbank import SAMPLE_RATE_HZ
 
@@ -44,7 +45,7 @@ class VisionEncoder:
         # Before the cast: the digest names the weights, the record names the arithmetic.
         self.weights_sha256 = weights_digest(module.used_tensors())
         self._dtype = config.dtype
-        self._device = config.torch_device()
+        self._device = torch_device(config)
         self._batch_size = config.batch_size
         self.module = module.eval().requires_grad_(False).to(self._device, DTYPES[config.dtype])
 
@@ -84,7 +85,7 @@ class AudioEncoder:
         self.name = f"beats-{module.config.encoder_embed_dim}w-{module.config.encoder_layers}l"
         self.weights_sha256 = weights_digest(module.state_dict())
         self._dtype = config.dtype
-        self._device = config.torch_device()
+        self._device = torch_device(config)
         self._batch_size = config.batch_size
         self.module = module.eval().requires_grad_(False).to(self._device, DTYPES[config.dtype])
 

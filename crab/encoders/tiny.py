@@ -17,9 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from crab.encoders.beats import Beats, BeatsConfig
 from crab.encoders.beats_checkpoint import save_beats
 from crab.encoders.clip import DEFAULT_STATISTICS, VisionFeatures, quiet_transformers
-
-TINY_SELECT_LAYERS = (2, 4)
-"""As [14, 22, 23] of ViT-L/14: both for masks, the last also for the language model."""
+from crab.encoders.config import TINY_SELECT_LAYERS
 
 
 def tiny_clip_config() -> CLIPVisionConfig:

@@ -7,13 +7,9 @@ unpickler. Nothing is fetched unless a config names a `hub_id`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from crab.encoders.base import EncoderConfig
+from crab.encoders.config import EncoderConfig
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WANTED = (
@@ -63,18 +59,3 @@ def require_safetensors(folder: Path) -> None:
         )
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json; put the one of the checkpoint beside it")
-
-
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from one file or from the shards that its index names."""
-    require_safetensors(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return load_file(folder / "model.safetensors")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} names {shard!r}; shards must lie in the same folder")
-        tensors.update(load_file(folder / shard))
-    return tensors

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crab.encoders import AudioEncoder, VisionEncoder
+from crab.encoders.frozen import AudioEncoder, VisionEncoder
 from crab.model.collate import Example
 from crab.pretrain.fit import OnStep
 from crab.pretrain.vision import DRAWN, spoiled

@@ -17,11 +17,12 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from crab.encoders import AudioEncoder, VisionEncoder, load_encoder
 from crab.encoders.beats import Beats
 from crab.encoders.clip import VisionFeatures
+from crab.encoders.config import TINY_SELECT_LAYERS
+from crab.encoders.frozen import AudioEncoder, VisionEncoder
+from crab.encoders.load import load_encoder
 from crab.encoders.tiny import (
-    TINY_SELECT_LAYERS,
     build_random,
     save_encoder,
     tiny_beats_config,

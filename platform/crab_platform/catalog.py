@@ -144,10 +144,18 @@ def write_manifest(store: Store, rows: Iterable[ManifestRow]) -> Manifest:
     When one of the same digest is there, it stays and is returned: it holds the same data, perhaps
     with features at other places.
     """
-    manifest = build_manifest(rows)
+    return put_manifest(store, build_manifest(rows))
+
+
+def put_manifest(store: Store, manifest: Manifest) -> Manifest:
+    """As `write_manifest`, of one that is built."""
+    try:
+        return read_manifest(store, manifest.digest)
+    except FileNotFoundError:
+        pass
     try:
         store.create(manifest.path, commits.table_to_parquet(_to_table(manifest.rows)))
-    except AlreadyExists:
+    except AlreadyExists:  # another job was faster with the same
         return read_manifest(store, manifest.digest)
     return manifest
 

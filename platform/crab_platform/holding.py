@@ -17,8 +17,8 @@ from crab_platform.catalog import (
     Manifest,
     ManifestRow,
     build_manifest,
+    put_manifest,
     read_manifest,
-    write_manifest,
 )
 from crab_platform.commits import PACKS
 from crab_platform.leases import LeaseHolder
@@ -137,7 +137,7 @@ def _write_for_good(
     """
     for _ in range(_TURNS):
         try:
-            found = write_manifest(store, manifest.rows)
+            found = put_manifest(store, manifest)
             if manifest.path not in condemned.left_out(store)[1] and store.exists(manifest.path):
                 return found
         except FileNotFoundError:  # it was there, and was deleted before it could be read

@@ -21,8 +21,9 @@ from support.crab_runs import ROOT
 from support.planted_reads import LOOKS
 from support.tiny_encoders import hearing_folder, vision_folder
 
-from crab.encoders import EncoderConfig, load_encoder
+from crab.encoders.config import EncoderConfig
 from crab.encoders.declared import RESULT_VARIABLES, declared_files
+from crab.encoders.load import load_encoder
 from crab.synth.dataset import synthesise
 from crab_platform import syscalls
 from crab_platform.audit import Access, Declared, audited, judge, watched

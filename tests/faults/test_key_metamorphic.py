@@ -27,9 +27,9 @@ from support.media_files import counting_clip, flat, tone, write_clip
 from support.tiny_encoders import hearing_folder, vision_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from crab.encoders import EncoderConfig, load_encoder
 from crab.encoders.beats import BeatsConfig
-from crab.encoders.tiny import TINY_SELECT_LAYERS
+from crab.encoders.config import TINY_SELECT_LAYERS, EncoderConfig
+from crab.encoders.load import load_encoder
 from crab.media import DecodeRequest, decode_request
 from crab_platform.identity import digest, sha256_file
 from crab_platform.packs import new_entry

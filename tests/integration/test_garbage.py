@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_samples import entry, key
+from cache_samples import entry, key, rows
 from support.small_jobs import Later
 
 from crab_platform import condemned
 from crab_platform.cache import FeatureCache
-from crab_platform.catalog import Manifest, ManifestRow
+from crab_platform.catalog import Manifest
 from crab_platform.garbage import DAY_S, NO_COMMIT, NOT_HELD, NOT_NEEDED, TAKEN_BACK, Collector
 from crab_platform.holding import hold_job, pin_manifest, publish_manifest
 from crab_platform.identity import WINDOW, DecodedKey
@@ -38,17 +38,7 @@ def cache(tmp_path: Path, clock: Later) -> FeatureCache:
 
 
 def publish(cache: FeatureCache, entries: list[Entry], keep_s: float = 60) -> Manifest:
-    rows = [
-        ManifestRow(
-            source=f"clip-{n}",
-            stream="video",
-            status="ready",
-            media_sha256=key(n).media_sha256,
-            entry=one,
-        )
-        for n, one in enumerate(entries)
-    ]
-    return publish_manifest(hold_job(cache, "job"), rows, keep_s=keep_s)
+    return publish_manifest(hold_job(cache, "job"), rows(entries), keep_s=keep_s)
 
 
 def collect(cache: FeatureCache, clock: Later) -> dict[str, str]:

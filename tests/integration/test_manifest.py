@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_samples import Damage, entry, equal_to_stored, key
+from cache_samples import Damage, entry, equal_to_stored, rows
 from servers.seaweedfs import S3Server
 
 from crab_platform.cache import FeatureCache
@@ -23,17 +23,7 @@ from crab_platform.packs import Entry
 from crab_platform.storage import Store, open_store
 
 
-def rows(placed: list[Entry]) -> list[ManifestRow]:
-    ready = [
-        ManifestRow(
-            source=f"clip-{n}",
-            stream="video",
-            status="ready",
-            media_sha256=key(n).media_sha256,
-            entry=one,
-        )
-        for n, one in enumerate(placed)
-    ]
+def all_rows(placed: list[Entry]) -> list[ManifestRow]:
     aside = ManifestRow(
         source="clip-9",
         stream="audio",
@@ -41,12 +31,12 @@ def rows(placed: list[Entry]) -> list[ManifestRow]:
         reason="no_audio",
         detail="/data/9.mp4 has no audio track",
     )
-    return [*ready, aside]
+    return [*rows(placed), aside]
 
 
 def test_a_manifest_reads_back_and_reads_features(store: Store) -> None:
     cache = FeatureCache(store)
-    written = write_manifest(store, rows(cache.commit([entry(0), entry(1)])))
+    written = write_manifest(store, all_rows(cache.commit([entry(0), entry(1)])))
     manifest = read_manifest(open_store(store.url), written.digest)
     assert manifest == written
     assert [row.source for row in manifest.ready()] == ["clip-0", "clip-1"]
@@ -69,7 +59,7 @@ def test_same_data_has_the_same_digest_wherever_it_lies(s3: S3Server, tmp_path: 
         store = open_store(url)
         cache = FeatureCache(store, pack_bytes=1 if order == 1 else 1 << 20)
         cache.commit([entry(7)])
-        made = rows(cache.commit([entry(0), entry(1)]))
+        made = all_rows(cache.commit([entry(0), entry(1)]))
         made[-1] = replace(made[-1], detail=f"{url}/9.mp4 has no audio track")
         digests.add(write_manifest(store, made[::order]).digest)
     assert len(digests) == 1
@@ -77,7 +67,7 @@ def test_same_data_has_the_same_digest_wherever_it_lies(s3: S3Server, tmp_path: 
 
 def test_every_part_of_the_content_changes_the_digest(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    made = rows(FeatureCache(store).commit([entry(0), entry(1)]))
+    made = all_rows(FeatureCache(store).commit([entry(0), entry(1)]))
     ready, aside = made[0], made[-1]
     assert ready.entry is not None
     variants = [
@@ -93,17 +83,17 @@ def test_every_part_of_the_content_changes_the_digest(tmp_path: Path) -> None:
 
 
 def test_writing_a_manifest_again_keeps_the_first(store: Store) -> None:
-    made = rows(FeatureCache(store).commit([entry(0)]))
+    made = all_rows(FeatureCache(store).commit([entry(0)]))
     first = write_manifest(store, made)
-    moved = rows(FeatureCache(store).commit([entry(0)]))
+    moved = all_rows(FeatureCache(store).commit([entry(0)]))
     assert moved[0].entry != made[0].entry
     assert write_manifest(store, moved) == first
 
 
 def test_a_manifest_that_was_changed_is_refused(store: Store, damage: Damage) -> None:
     cache = FeatureCache(store)
-    one = write_manifest(store, rows(cache.commit([entry(0), entry(1)])))
-    other = write_manifest(store, rows(cache.commit([entry(2)])))
+    one = write_manifest(store, all_rows(cache.commit([entry(0), entry(1)])))
+    other = write_manifest(store, all_rows(cache.commit([entry(2)])))
     data = store.read(other.path)
     damage(one.path, lambda _: data)
     with pytest.raises(CorruptManifest, match=other.digest):
@@ -118,7 +108,7 @@ def test_a_manifest_that_was_changed_is_refused(store: Store, damage: Damage) ->
 
 
 def test_rows_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    made = rows(FeatureCache(open_store(tmp_path)).commit([entry(0)]))
+    made = all_rows(FeatureCache(open_store(tmp_path)).commit([entry(0)]))
     for change in (
         {"source": "/data/clip.mp4"},
         {"source": "s3://b/clip.mp4"},

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_samples import entry, equal_to_stored, features, key
+from cache_samples import entry, equal_to_stored, features, key, rows
 from support.small_jobs import Later
-from support.two_caches import CLIPS, PAIRS, publish, rows, team_a, team_b
+from support.two_caches import CLIPS, PAIRS, publish, team_a, team_b
 
 from crab_platform.cache import FeatureCache
 from crab_platform.catalog import Manifest, build_manifest, read_manifest

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from crab.encoders import VisionEncoder, load_encoder
-from crab.encoders.tiny import TINY_SELECT_LAYERS, build_random, tiny_clip_config
+from crab.encoders.config import TINY_SELECT_LAYERS
+from crab.encoders.frozen import VisionEncoder
+from crab.encoders.load import load_encoder
+from crab.encoders.tiny import build_random, tiny_clip_config
 from crab.model.build import build_model
 from crab.model.llm import load_llm, load_tokenizer
 from crab.pretrain.fit import scenes

@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crab.encoders import convert_beats_checkpoint, load_encoder
 from crab.encoders.beats import FBANK_MEAN, FBANK_STD, Beats, BeatsConfig
-from crab.encoders.beats_checkpoint import load_beats
+from crab.encoders.beats_checkpoint import convert_beats_checkpoint, load_beats
 from crab.encoders.fbank import log_mel
+from crab.encoders.load import load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

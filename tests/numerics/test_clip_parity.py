@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from crab.encoders import load_encoder
+from crab.encoders.load import load_encoder
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)

@@ -205,7 +205,7 @@ class SimStore(Store):
         answer = answers[0]
         if isinstance(answer, Exception):
             raise answer
-        return answer  # type: ignore[no-any-return]
+        return answer  # type: ignore[no-any-return]  # whatever the effect gave
 
     def _trouble(
         self, luck: float, there_s: float, effect: Callable[[], Any], what: str, *, writes: bool

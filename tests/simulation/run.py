@@ -95,7 +95,7 @@ def run_many(
 def first_failure(bug: str, seeds: Sequence[int], **options: bool | int | str) -> Outcome | None:
     """The first history that finds a planted bug."""
     processes = int(options.pop("processes", 1))
-    for summary in run_many(seeds, processes=processes, bug=bug, stop=True, **options):  # type: ignore[arg-type]
+    for summary in run_many(seeds, processes=processes, bug=bug, stop=True, **options):  # type: ignore[arg-type]  # checked by run_many
         if summary.failed:
             return summary.failed[0]
     return None

@@ -186,7 +186,7 @@ class World:
         if what.turn != turn or what.dead:
             return None
         self.now = max(self.now, time)
-        return what  # type: ignore[no-any-return]
+        return what  # type: ignore[no-any-return]  # the queue holds tasks and callables
 
     def _push(self, task: Task, seconds: float) -> None:
         task.turn += 1

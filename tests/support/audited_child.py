@@ -15,7 +15,7 @@ from support.planted_reads import planted
 
 from crab_platform.syscalls import BEGIN, END, mark
 from crab_platform.work import Work
-from jobs.audit import audit, decode_here, make_features
+from jobs.audit import audit, decode_here, import_all, make_features
 from jobs.preprocess import build_work
 from jobs.spec import PreprocessSpec, parse_spec
 
@@ -40,8 +40,9 @@ def audited_here(spec: PreprocessSpec, jobs: list[dict[str, Any]]) -> list[dict[
 
 def traced_from_outside(spec: PreprocessSpec, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
+    work = build_work(spec)  # names the encoders; whoever encodes holds what it loads against that
+    import_all(work)
     mark(BEGIN)
-    work = build_work(spec)
     decode_in_children = work.make_decoder()  # as it really runs: only the kernel can watch it
     for job in jobs:
         looking = with_look(work, job)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from cache_samples import entry, key
+from cache_samples import entry, key, rows
 
 from crab_platform.cache import FeatureCache
-from crab_platform.catalog import Manifest, ManifestRow
+from crab_platform.catalog import Manifest
 from crab_platform.clock import SYSTEM, Clock
 from crab_platform.holding import hold_job, publish_manifest
-from crab_platform.packs import Entry
 from crab_platform.storage import open_store
 
 CLIPS = 3
@@ -37,16 +36,3 @@ def publish(cache: FeatureCache) -> Manifest:
     hold = hold_job(cache, "preprocess")
     found = cache.index(hold.exclude).lookup([key(number).digest for number in range(CLIPS)])
     return publish_manifest(hold, rows(found.values()), keep_s=60)
-
-
-def rows(entries: Iterable[Entry]) -> list[ManifestRow]:
-    return [
-        ManifestRow(
-            source=f"clip-{number}",
-            stream="video",
-            status="ready",
-            media_sha256=key(number).media_sha256,
-            entry=one,
-        )
-        for number, one in enumerate(entries)
-    ]

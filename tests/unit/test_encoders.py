@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from crab.encoders import Encoder, load_encoder
+from crab.encoders.base import Encoder
 from crab.encoders.beats import BeatsConfig
+from crab.encoders.config import TINY_SELECT_LAYERS
+from crab.encoders.load import load_encoder
 from crab.encoders.tiny import (
-    TINY_SELECT_LAYERS,
     build_random,
     save_encoder,
     tiny_beats_config,
@@ -310,7 +311,7 @@ def test_loading_a_folder_opens_no_connection(folders: dict[str, Path]) -> None:
         "def refuse(*a, **k): raise AssertionError('a connection was tried')\n"
         "socket.socket.connect = refuse\n"
         "socket.getaddrinfo = refuse\n"
-        "from crab.encoders import load_encoder\n"
+        "from crab.encoders.load import load_encoder\n"
         f"load_encoder({config(folders['clip'], 'clip')!r})\n"
         f"load_encoder({config(folders['beats'], 'beats')!r})\n"
     )

@@ -13,7 +13,8 @@ import pytest
 from benchmarks import scale_paper
 from benchmarks.scale_paper import PAPER, TINY, Preset
 from crab.encoders.beats import BeatsConfig
-from crab.encoders.tiny import TINY_SELECT_LAYERS, tiny_beats_config, tiny_clip_config
+from crab.encoders.config import TINY_SELECT_LAYERS
+from crab.encoders.tiny import tiny_beats_config, tiny_clip_config
 from crab.model import config as crab_config
 from crab_platform.catalog import ManifestRow, manifest_path, write_manifest
 from crab_platform.commits import Writer, pack_path, read_commit, write_commit

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from crab.encoders import load_encoder
 from crab.encoders.digest import weights_digest
+from crab.encoders.load import load_encoder
 from crab.encoders.tiny import build_random, save_encoder, tiny_beats_config, tiny_clip_config
 
 
