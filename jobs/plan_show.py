@@ -34,7 +34,7 @@ NEVER_SEEN_UNHASHED = (
 
 MAYBE_NOT_TAKEN = "it may be in one of the commits that are not trusted"
 
-_ALARM = "somebody should look: `crab cache stat` with the path of this spec lists them"
+_ALARM = "somebody should look: `crab cache stat SPEC` with this spec lists them"
 _ADVICE = "run it on a few clips first, and plan again"
 _SHOWN_FIELDS = 6
 _SPEC_NAMES = {"dtype": "encoders.store_as", "codec": "encoders.codec"}

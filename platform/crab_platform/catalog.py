@@ -150,12 +150,8 @@ def write_manifest(store: Store, rows: Iterable[ManifestRow]) -> Manifest:
 def put_manifest(store: Store, manifest: Manifest) -> Manifest:
     """As `write_manifest`, of one that is built."""
     try:
-        return read_manifest(store, manifest.digest)
-    except FileNotFoundError:
-        pass
-    try:
         store.create(manifest.path, commits.table_to_parquet(_to_table(manifest.rows)))
-    except AlreadyExists:  # another job was faster with the same
+    except AlreadyExists:
         return read_manifest(store, manifest.digest)
     return manifest
 
@@ -219,17 +215,15 @@ def _content_digest(rows: Sequence[ManifestRow]) -> str:
 
 
 def _to_table(rows: Sequence[ManifestRow]) -> Any:
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
-    for row in rows:
-        entry = row.entry
-        columns["schema"].append(MANIFEST_SCHEMA)
-        for name in ("source", "stream", "status", "reason", "detail", "media_sha256"):
-            columns[name].append(getattr(row, name))
-        for name in ("key", "pack", "blake3", "commit", "layer"):
-            columns[name].append(getattr(entry, name) if entry else "")
-        for name in ("offset", "length"):
-            columns[name].append(getattr(entry, name) if entry else 0)
-        columns["tensors"].append(commits.specs_to_json(entry.tensors) if entry else "")
+    entries = [row.entry for row in rows]
+    columns: dict[str, list[Any]] = {"schema": [MANIFEST_SCHEMA] * len(rows)}
+    for name in ("source", "stream", "status", "reason", "detail", "media_sha256"):
+        columns[name] = [getattr(row, name) for row in rows]
+    for name in ("key", "pack", "blake3", "commit", "layer"):
+        columns[name] = [getattr(entry, name) if entry else "" for entry in entries]
+    for name in ("offset", "length"):
+        columns[name] = [getattr(entry, name) if entry else 0 for entry in entries]
+    columns["tensors"] = [commits.specs_to_json(e.tensors) if e else "" for e in entries]
     return pa.table(columns, schema=COLUMNS)
 
 

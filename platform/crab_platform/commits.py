@@ -184,7 +184,8 @@ def table_to_parquet(table: Any) -> bytes:
     return sink.getvalue()
 
 
-def specs_to_json(specs: Sequence[TensorSpec]) -> str:
+@lru_cache(maxsize=4096)  # as specs_from_json
+def specs_to_json(specs: tuple[TensorSpec, ...]) -> str:
     """Tensor specs as compact JSON: [[name, dtype, shape, offset], ...], and in a compressed tensor's
     also codec and stored bytes."""
     return canonical_json(
