@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -294,6 +295,9 @@ def _quieten() -> None:
 
 def main() -> None:
     """Entry point: turns known errors into one message and an exit code."""
+    # Imports and manifests make millions of objects that live on; looking through them for cycles every 700 new ones
+    # took a sixth of a warm run of 10,000 clips.
+    gc.set_threshold(100_000, 50, 100)
     _quieten()
     from crab_platform.cache import PublishTooSlow
     from crab_platform.catalog import CorruptManifest
