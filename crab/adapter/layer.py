@@ -9,8 +9,8 @@ side by side,
     sum_i w_i B_i h = B (w outer h)
 
 so a layer costs one skinny product with [A; R], a few operations on [tokens, n * r], and one
-product with B; the loop of the published code makes n temporaries of [tokens, out] and runs A
-(and a new dropout mask) once per head.
+product with B (kernel.py, with its backward); the loop of the published code makes n temporaries
+of [tokens, out] and runs A (and a new dropout mask) once per head.
 
 Two parameters, not n + 2: under ZeRO-3 each parameter is a gather, and with one dense product
 every rank uses every head in every step.
@@ -21,14 +21,18 @@ In shapes, "..." is any number of leading axes: none, [tokens], [batch, tokens] 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from crab.adapter.config import InteractionLoraConfig
+from crab.adapter.kernel import InteractionKernel
+
+BASE = "__base__"
+"""PEFT's name for no adapter, among the adapter_names of a batch."""
 
 MERGE_REFUSED = (
     "Interaction-aware LoRA cannot be merged: how its heads are mixed depends on the token, so no "
@@ -77,34 +81,28 @@ class InteractionHeads(nn.Module):
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         """Return base + s * sum_i w_i B_i A drop(x).
 
-        x: [..., in] in the adapter's dtype; base: W0 x, [..., out]. The result has the wider
-        dtype of the two.
+        x: [..., in]; base: W0 x, [..., out]. Computed in the adapter's dtype (under autocast in
+        autocast's); the result has the wider dtype of that and base's.
         """
-        if self.training and self.dropout > 0:
-            # Dropout is on A's input alone, so here A and R cannot share a product.
-            shared_a, router = torch.split(self.weight_ar, [self.r, self.num_heads])
-            code = F.linear(F.dropout(x, self.dropout), shared_a)
-            logits = F.linear(x, router)
-        else:
-            code, logits = torch.split(
-                F.linear(x, self.weight_ar), [self.r, self.num_heads], dim=-1
-            )
-        # At least fp32; fp64 stays, for the parity tests.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        gates = torch.softmax(logits / self.temperature, dim=-1)
+        dtype = self.weight_ar.dtype
+        device = x.device.type
+        # Autocast leaves fp64 alone.
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        y, gates = InteractionKernel.apply(
+            x,
+            base,
+            self.weight_ar,
+            self.weight_b,
+            self.r,
+            self.scaling,
+            self.temperature,
+            self.dropout if self.training else 0.0,
+            dtype,
+        )
         for sink in self.routing_sinks:
-            sink.append(gates.detach().float())
-        gated = (gates.unsqueeze(-1) * (self.scaling * code).unsqueeze(-2)).flatten(-2)
-        gated = gated.to(self.weight_b.dtype)
-        if base.dtype == gated.dtype:
-            # Added as it is made: one [..., out] result and no second one for the delta.
-            flat = torch.addmm(
-                base.reshape(-1, base.shape[-1]),
-                gated.reshape(-1, gated.shape[-1]),
-                self.weight_b.t(),
-            )
-            return flat.view(base.shape)
-        return base + F.linear(gated, self.weight_b)
+            sink.append(gates.t().reshape(*x.shape[:-1], self.num_heads).float())
+        return y
 
     def extra_repr(self) -> str:
         """Settings in print(model)."""
@@ -151,15 +149,33 @@ class InteractionLoraLinear(nn.Module, BaseTunerLayer):
         heads = [self.ilora_heads[n] for n in self.active_adapters if n in self.ilora_heads]
         return [h for h in heads if isinstance(h, InteractionHeads)]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in] -> [..., out] in the base layer's dtype; several active adapters add up."""
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """x [..., in] -> [..., out] in the base layer's dtype; several active adapters add up.
+
+        adapter_names: one name for each x[i], instead of the active adapters; BASE is the base
+        layer alone, as is an adapter that does not have this layer. Raises ValueError if their
+        number is not len(x).
+        """
+        if adapter_names is not None and len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names needs one name for each sample: got {len(adapter_names)} and "
+                f"{len(x)}."
+            )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         dtype = result.dtype
-        for heads in self.active_heads():
-            result = heads(self._cast_input_dtype(x, heads.weight_ar.dtype), result)
-        return result.to(dtype)
+        if adapter_names is None:
+            for heads in self.active_heads():
+                # Casts x itself: a cast made here would be kept for backward.
+                result = heads(x, result)
+            return result.to(dtype)
+        for name in set(adapter_names).intersection(self.ilora_heads):
+            rows = [row for row, other in enumerate(adapter_names) if other == name]
+            result[rows] = self.ilora_heads[name](x[rows], result[rows]).to(dtype)
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused; see MERGE_REFUSED."""

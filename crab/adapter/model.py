@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from crab.adapter.config import InteractionLoraConfig
-from crab.adapter.layer import MERGE_REFUSED, InteractionLoraLinear
+from crab.adapter.layer import BASE, MERGE_REFUSED, InteractionLoraLinear
 from crab.adapter.register import PREFIX
 from crab.adapter.targets import check_targets
 
@@ -62,6 +65,54 @@ class InteractionLoraModel(BaseTuner):
         layer = InteractionLoraLinear(target, adapter_name, peft_config)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self,
+        *_args: Any,
+        adapter_names: Sequence[str] | None = None,
+        num_beams: int | None = None,
+        num_return_sequences: int | None = None,
+        **_kwargs: Any,
+    ) -> Iterator[None]:
+        """PEFT enters this around every forward and generate, with their arguments, and takes
+        adapter_names out of them: here they reach the layers.
+
+        adapter_names: one name for each sample, BASE for no adapter. generate repeats a sample for
+        each of its beams or answers, and so are the names.
+
+        Raises ValueError for a name that is no adapter's, and in training (as PEFT's LoRA does:
+        which adapter a step changes would depend on its batch).
+        """
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "adapter_names cannot be given in training: call model.eval() first, or choose what "
+                "is trained with set_adapter."
+            )
+        known = {BASE, *self.peft_config}
+        if unknown := sorted(set(adapter_names) - known):
+            raise ValueError(
+                f"adapter_names has {', '.join(map(repr, unknown))}; this model has "
+                f"{', '.join(sorted(known))}."
+            )
+        copies = max(num_beams or 1, num_return_sequences or 1)
+        names = [name for name in adapter_names for _ in range(copies)]
+
+        def pass_names(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": names}
+
+        with ExitStack() as hooks:
+            for module in self.modules():
+                # The second kind holds what modules_to_save names.
+                if isinstance(module, InteractionLoraLinear | AuxiliaryTrainingWrapper):
+                    handle = module.register_forward_pre_hook(pass_names, with_kwargs=True)
+                    hooks.callback(handle.remove)
+            yield
 
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer, so that a refused merge leaves the model as it was."""

@@ -28,7 +28,8 @@ def record_routing(
     """Collect the router weights of every adapted module while the context is open.
 
     Yields {module name in `model`: [gates of each forward call]}; gates are [..., num_heads],
-    fp32, detached, on the module's device, and sum to 1 over the heads. Recording does not change
+    fp32, detached, on the module's device, and sum to 1 over the heads. Of a batch with
+    adapter_names only the adapter's own samples are recorded. Recording does not change
     outputs, may be nested, and costs nothing when closed. `adapter` names the adapter; by default
     the active one.
 

@@ -52,7 +52,8 @@ def save_model(
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: `state` does not have exactly the model's trained names, or has empty tensors.
+        ValueError: `state` does not have exactly the model's trained names, has empty tensors, or
+            NaN or infinity in one.
         RuntimeError: what was read back is not what was written.
     """
     target = Path(folder)
@@ -65,6 +66,11 @@ def save_model(
         raise ValueError(
             f"these tensors are not the model's trained parameters; {len(wrong)} missing, "
             f"unexpected or empty, first {wrong[:3]}"
+        )
+    if wild := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(
+            f"{wild[0]} is not finite, nor are {len(wild) - 1} other tensors; nothing was exported. "
+            "Go back to a checkpoint from before that"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
