@@ -150,6 +150,9 @@ def plan(
     which earlier run. Then bytes to read and write, CPU, GPU and wall time from what earlier runs measured, money, and
     whether the cache pays at all. What was never measured is called unknown.
 
+    Of a train job: whether its features are there, and what each of 1, 2, 4 ... workers needs in memory. That is from
+    configurations alone; no weights are read.
+
       crab plan jobs/specs/preprocess-shapes.yaml --profile laptop
 
       crab plan jobs/specs/preprocess-shapes.yaml --set encoders.store_as=float32
@@ -256,6 +259,32 @@ def predict(
 
 
 @app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of all runs.")] = Path(
+        "work/runs"
+    ),
+    give_up_s: Annotated[
+        float, typer.Option(min=0, help="So long a server that does not answer is tried.")
+    ] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Send to MLflow what it was not there to take: metrics, files and states of runs, each once.
+
+    A job whose server is down goes on and keeps what it logs in FOLDER/tracking; its next start sends that too. Exit
+    code 3 when a server does not answer; then nothing is lost, come again.
+
+      crab replay work/runs/train-shapes
+    """
+    from jobs.replay import replay as run_replay
+
+    result = run_replay(folder, give_up_s)
+    left = len(result["left"])
+    _finish(result, as_json, f"{result['delivered']} records delivered, {left} runs left")
+    if left:
+        raise typer.Exit(3)
+
+
+@app.command()
 def doctor(
     cache: Annotated[
         str | None, typer.Option(help="Also test this cache, a folder or s3://bucket/prefix.")
@@ -302,8 +331,10 @@ def main() -> None:
     from crab_platform.cache import PublishTooSlow
     from crab_platform.catalog import CorruptManifest
     from crab_platform.garbage import CollectionRuns
+    from crab_platform.guards import SkippedTooOftenError
     from crab_platform.holding import FeaturesGone
     from crab_platform.leases import LeaseLost
+    from crab_platform.notice import Stopped
     from crab_platform.packs import CorruptEntry
     from crab_platform.storage import StoreError, StoreUnreachable
     from jobs.run import JobFailed
@@ -329,8 +360,12 @@ def main() -> None:
         _fail("stopped", 130)
     except KeyboardInterrupt:
         _fail("stopped; start the same command again to continue", 130)
+    except Stopped as stopped:
+        _fail(str(stopped), 143)
     except StoreUnreachable as error:
         _fail(str(error), 3)
+    except SkippedTooOftenError as error:
+        _fail(str(error), 4)
     except (JobFailed, StoreError, *told_by_the_cache) as error:
         _fail(str(error), 1)
     except ValueError as error:  # also SpecError: what the user gave is wrong

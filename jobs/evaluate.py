@@ -65,7 +65,11 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     predictions = Predictions(spec.folder, asked)
     with (
         tracking.start_run(
-            spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+            spec.tracking.uri,
+            spec.tracking.experiment,
+            spec.name,
+            spec=spec_record(spec),
+            folder=spec.folder,
         ) as run_,
         held(spec.features.cache, manifest, spec.name),
     ):

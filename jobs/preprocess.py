@@ -42,7 +42,11 @@ def run(spec: PreprocessSpec) -> dict[str, object]:
     work = build_work(spec)
     with (
         tracking.start_run(
-            spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+            spec.tracking.uri,
+            spec.tracking.experiment,
+            spec.name,
+            spec=spec_record(spec),
+            folder=spec.folder,
         ) as run,
         progress("clips", len(sources)) as bar,
     ):

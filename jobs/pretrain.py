@@ -29,7 +29,11 @@ def run(spec: PretrainSpec) -> dict[str, Any]:
     _claim(out, sizes)
     metrics: dict[str, float] = {}
     with tracking.start_run(
-        spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+        spec.tracking.uri,
+        spec.tracking.experiment,
+        spec.name,
+        spec=spec_record(spec),
+        folder=spec.folder,
     ) as run_:
 
         def stage(name: str, work: Callable[..., None], steps: int) -> None:

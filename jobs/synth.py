@@ -14,7 +14,11 @@ from jobs.spec import SynthSpec, spec_record
 def run(spec: SynthSpec) -> dict[str, Any]:
     """Makes the clips that are missing and returns result.json of the run."""
     with tracking.start_run(
-        spec.tracking.uri, spec.tracking.experiment, spec.name, spec=spec_record(spec)
+        spec.tracking.uri,
+        spec.tracking.experiment,
+        spec.name,
+        spec=spec_record(spec),
+        folder=spec.folder,
     ) as run_:
         samples = synthesise(Path(spec.out), spec.clips, spec.seed)
         result = {

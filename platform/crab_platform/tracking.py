@@ -1,68 +1,114 @@
 """MLflow: one run a job, with the resolved spec, the git commit, the manifest as data set, metrics and files.
 
+A server is never waited for: what a job logs goes to a spool on disk (crab_platform.spool), and a process beside the
+job brings it there (crab_platform.delivery). A sqlite file cannot be down and is written to directly.
+
 Explicit ids through MlflowClient throughout: the fluent API keeps an active run in a global, which other processes
 override by environment variables.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import signal
 import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from mlflow import MlflowClient
-from mlflow.data.http_dataset_source import HTTPDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus
+from crab_platform.spool import FOLDER, Cursor, Record, Spool, load_cursor
 
 _PARAM_LENGTH = 6000
 """MLflow refuses longer parameter values; the whole spec is kept as a file as well."""
+_SQLITE = "sqlite:"
+
+START_LIMIT_S = 10.0
+"""So long a job waits for the server's name of its run, importing MLflow included; it goes on at the first trouble."""
+END_LIMIT_S = 5.0
+"""So long a job waits at its end for a server that is in trouble."""
+SILENT_LIMIT_S = 8.0
+"""So long for one of which nothing is known, while no file is on its way."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def append(self, record: Record) -> None:
+        """Takes one record."""
+
+    def keep(self, path: Path) -> Path:
+        """Where a file or folder can be read later."""
+
+
+class Direct:
+    """Records are done at once, and errors raised: for a sqlite file."""
+
+    def __init__(self, tracking_uri: str, run_id: str | None = None) -> None:
+        from crab_platform.mlflow_records import Records
+
+        self.records = Records(tracking_uri, run_id)
+
+    def append(self, record: Record) -> None:
+        """Does what it says."""
+        self.records.apply([record])
+
+    def keep(self, path: Path) -> Path:
+        """The path itself: it is read now."""
+        return path
 
 
 class Run:
-    """One MLflow run that is being written. Picklable: holds the URI and the ids only."""
+    """One MLflow run that is being written. Picklable: holds the URI, the ids and the path of the spool only.
 
-    def __init__(self, tracking_uri: str, experiment: str, run_id: str) -> None:
+    `run_id` is the server's name of the run. When the server did not answer at the start it is one of our own, which
+    the run carries in its tag `crab.run` once it is there.
+    """
+
+    def __init__(
+        self, tracking_uri: str, experiment: str, run_id: str, spool: Path | None = None
+    ) -> None:
         self.tracking_uri = tracking_uri
         self.experiment = experiment
         self.run_id = run_id
+        self.spool = spool
+        self._sink: Sink | None = None
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str]]:
-        return (Run, (self.tracking_uri, self.experiment, self.run_id))
-
-    @property
-    def _client(self) -> MlflowClient:
-        return MlflowClient(tracking_uri=self.tracking_uri)
+    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, Path | None]]:
+        return (Run, (self.tracking_uri, self.experiment, self.run_id, self.spool))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Logs metrics of one step; `/` groups them in MLflow's pages."""
-        now = int(time.time() * 1000)
-        batch = [Metric(name, float(value), now, step) for name, value in values.items()]
-        self._client.log_batch(self.run_id, metrics=batch)
+        """Logs metrics of one step; `/` groups them in MLflow's pages. The first value of a step counts."""
+        floats = {name: float(value) for name, value in values.items()}
+        self._log({"op": "metrics", "time": _now_ms(), "step": step, "values": floats})
 
     def dataset(self, name: str, digest: str, url: str) -> None:
         """Logs a manifest as input of the run, by its digest; no data is read."""
-        source = HTTPDatasetSource(url)  # type: ignore[no-untyped-call]  # only holds the URL
-        # mypy takes the base's unset `profile` for abstract; MLflow's documentation makes one like this.
-        data = MetaDataset(source=source, name=name, digest=digest[:36])  # type: ignore[abstract]
-        tags = [InputTag("mlflow.data.context", "features"), InputTag("manifest", digest)]
-        entity = DatasetInput(dataset=data._to_mlflow_entity(), tags=tags)
-        self._client.log_inputs(self.run_id, datasets=[entity])
+        self._log({"op": "dataset", "name": name, "digest": digest, "url": url})
 
     def file(self, path: str | Path, folder: str | None = None) -> None:
         """Copies a file, or a folder with all its files, to the artefacts of the run."""
-        path = Path(path)
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        kept = self._open().keep(Path(path))
+        self._log({"op": "file", "path": str(kept), "folder": folder})
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run."""
-        self._client.set_tag(self.run_id, name, value)
+        self._log({"op": "tag", "name": name, "value": value})
+
+    def _log(self, record: Record) -> None:
+        self._open().append(record)
+
+    def _open(self) -> Sink:
+        if self._sink is None:
+            self._sink = Spool(self.spool) if self.spool else Direct(self.tracking_uri, self.run_id)
+        return self._sink
 
 
 @contextmanager
@@ -73,35 +119,152 @@ def start_run(
     *,
     spec: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    resume: str | None = None,
 ) -> Iterator[Run]:
-    """A run for the length of the block: FINISHED at its end, FAILED when it raises, KILLED on Ctrl-C."""
-    client = MlflowClient(tracking_uri=tracking_uri)
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = (
-        found.experiment_id
-        if found
-        else client.create_experiment(experiment, artifact_location=_artifacts(tracking_uri))
-    )
+    """A run for the length of the block: FINISHED at its end, FAILED when it raises, KILLED on Ctrl-C.
+
+    Args:
+        tracking_uri: `sqlite:///FILE`, or the URL of a server, which need not be up.
+        experiment: made when it is not there.
+        name: shown by MLflow; need not be unique.
+        spec: becomes the parameters, and spec.yaml.
+        tags: of the run.
+        folder: of the job; the spool lies below it. Else work/runs/NAME.
+        resume: what is trained, as a digest: the newest run of the experiment with this tag `identity` that is not
+            FINISHED is continued, and steps that it has are not logged again. Without one, a new run gets the tag.
+    """
+    if resume is not None and not re.fullmatch(r"[\w.:-]+", resume):
+        raise ValueError(f"resume is {resume!r}; expected letters, digits and any of . : _ -")
     commit, dirty = git_commit()
-    created = client.create_run(
-        experiment_id,
-        run_name=name,
-        tags={"git.commit": commit, "git.dirty": str(dirty).lower(), **(tags or {})},
-    )
-    run = Run(tracking_uri, experiment, created.info.run_id)
-    params = [Param(key, value[:_PARAM_LENGTH]) for key, value in flatten(spec).items()]
-    for start in range(0, len(params), 100):
-        client.log_batch(run.run_id, params=params[start : start + 100])
-    client.log_dict(run.run_id, dict(spec), "spec.yaml")
-    status = RunStatus.FAILED
+    own = {"git.commit": commit, "git.dirty": str(dirty).lower()}
+    if resume is not None:
+        own["identity"] = resume
+    local_id = uuid.uuid4().hex
+    first = {
+        "op": "run",
+        "uri": tracking_uri,
+        "id": local_id,
+        "experiment": experiment,
+        "artifacts": _artifacts(tracking_uri),
+        "name": name,
+        "tags": own | dict(tags or {}),
+        "resume": resume,
+        "time": _now_ms(),
+    }
+    if tracking_uri.startswith(_SQLITE):
+        direct = Direct(tracking_uri)
+        direct.append(first)
+        run = Run(tracking_uri, experiment, str(direct.records.run_id))
+        run._sink = direct
+        with _logged(run, spec):
+            yield run
+        return
+    place = folder or Path("work/runs") / re.sub(r"[^\w.-]", "-", name)
+    spool = Spool.create((place / FOLDER).absolute(), first)
+    courier = _Courier(spool, tracking_uri)
     try:
-        yield run
-        status = RunStatus.FINISHED
+        run = Run(tracking_uri, experiment, courier.run_id() or local_id, spool.path)
+        run._sink = spool
+        with _logged(run, spec):
+            yield run
+    finally:
+        spool.close()
+        courier.end()
+
+
+@contextmanager
+def _logged(run: Run, spec: Mapping[str, Any]) -> Iterator[None]:
+    """The spec before the block, and how it ended after it."""
+    params = {key: value[:_PARAM_LENGTH] for key, value in flatten(spec).items()}
+    status = "FAILED"
+    try:
+        run._log({"op": "params", "values": params})
+        run._log({"op": "text", "name": "spec.yaml", "values": dict(spec)})
+        yield
+        status = "FINISHED"
     except KeyboardInterrupt:
-        status = RunStatus.KILLED
+        status = "KILLED"
         raise
     finally:
-        client.set_terminated(run.run_id, RunStatus.to_string(status))
+        run._log({"op": "end", "status": status, "time": _now_ms()})
+
+
+class _Courier:
+    """The process that brings a spool to its server while the job goes on."""
+
+    def __init__(self, spool: Spool, tracking_uri: str) -> None:
+        self._path = spool.path
+        self._uri = tracking_uri
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._path.with_suffix(".log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "crab_platform.delivery", str(self._path), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for the job; its end has still to be told
+            )
+
+    def run_id(self) -> str | None:
+        """The server's name of the run; None when the server does not give one soon."""
+        limit = time.monotonic() + START_LIMIT_S
+        cursor = Cursor()
+        while time.monotonic() < limit and self._process.poll() is None:
+            cursor = load_cursor(self._path)
+            if cursor.run_id or cursor.trouble:
+                break
+            time.sleep(0.02)
+        if not cursor.run_id:
+            _logger.warning(
+                "MLflow at %s does not answer (%s). The job goes on; what it logs is kept in %s and sent when the "
+                "server is there",
+                _public(self._uri),
+                _short(cursor.trouble),
+                self._path.parent,
+            )
+        return cursor.run_id
+
+    def end(self) -> None:
+        """Waits while the rest is on its way, but not for a server that is in trouble."""
+        if self._process.poll() is not None and self._path.exists():
+            self._process = self._start()  # it died, for want of memory perhaps
+        cursor = Cursor()
+        began = moved = time.monotonic()
+        while self._process.poll() is None:
+            seen = load_cursor(self._path)
+            if seen.offset != cursor.offset or (seen.busy and not seen.trouble):
+                moved = time.monotonic()
+            cursor = seen
+            now = time.monotonic()
+            in_trouble = bool(cursor.trouble) and now - began > END_LIMIT_S
+            if in_trouble or now - moved > SILENT_LIMIT_S:
+                self._process.send_signal(signal.SIGKILL)  # it may be killed at any moment
+                self._process.wait()
+            time.sleep(0.02)
+        if self._path.exists():
+            _logger.warning(
+                "MLflow at %s has not taken all of this run (%s). It is kept; once the server answers: crab replay %s",
+                _public(self._uri),
+                _short(cursor.trouble),
+                self._path.parent.parent,
+            )
+
+
+def _short(trouble: str) -> str:
+    return _public(trouble)[:200] or "no answer yet"
+
+
+def _public(text: str) -> str:
+    """Without the user and password that an address may hold."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _artifacts(tracking_uri: str) -> str | None:
