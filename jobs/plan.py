@@ -73,6 +73,8 @@ def plan_spec(
         else:
             result = {"job": step.job, "name": step.name, "cache": None}
         show_step(result)
+        if isinstance(step, TrainSpec):
+            result["memory"] = _memory(step)
         results.append(result)
     if isinstance(spec, SequenceSpec):
         return {"job": spec.job, "name": spec.name, "steps": results}
@@ -167,6 +169,15 @@ def _reads(spec: TrainSpec | EvaluateSpec, earlier: Sequence[Job]) -> dict[str, 
         "is_there": there,
         "made_by": name if name in makers else None,
     }
+
+
+def _memory(spec: TrainSpec) -> dict[str, Any]:
+    # Not for every plan: it imports torch.
+    from jobs.plan_memory import memory_of, show_memory
+
+    memory = memory_of(spec)
+    show_memory(memory)
+    return memory
 
 
 def record(

@@ -17,7 +17,8 @@ from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.llm import load_tokenizer
 from crab_platform.catalog import Manifest
-from jobs.data import Dataset, load_dataset
+from crab_platform.identity import digest
+from jobs.data import Dataset, load_dataset, samples_digest
 from jobs.features import FeatureReader, Item, usable
 from jobs.presets import crab_model_config
 from jobs.spec import SpecError, TrainSpec
@@ -74,6 +75,13 @@ def _by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
     for item in items:
         groups.setdefault(item.sample.task, []).append(item)
     return groups
+
+
+def data_digest(manifest: Manifest, items: Sequence[Item]) -> str:
+    """What is learnt from: the features by their manifest, and what is asked and answered."""
+    return digest(
+        {"manifest": manifest.digest, "samples": samples_digest(item.sample for item in items)}
+    )
 
 
 def micro_batch_size(spec: TrainSpec) -> int:
@@ -139,6 +147,7 @@ class CrabRecipe:
         self.num_steps = spec.optimisation.steps
         self._collate = Collator(config, self._tokenizer, self._crab.table)
         self._items = choose(spec, manifest).items
+        self.data = data_digest(manifest, self._items)
         self._reader = FeatureReader(spec.features, manifest, self._collate.layers)
         samples = [item.sample for item in self._items]
         self._target_tokens = [self._collate.num_target_tokens(sample) for sample in samples]

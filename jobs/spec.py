@@ -216,6 +216,8 @@ class Workers(Record):
     zero_stage: Literal[0, 2, 3] = 3
     checkpoint_every: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=-1)
+    changed_data: Literal["refuse", "continue"] = "refuse"
+    """What is done where a checkpoint of this run has learnt from other samples or features than there are now."""
 
 
 class TrainSpec(Job):

@@ -37,14 +37,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     chosen = choose(spec, manifest)
     base, model = _model_digests(spec)
     # What is learnt: the spec without its placement, the model as it is resolved, the features, and what is asked.
-    identity = digest(
-        {
-            "spec": spec_digest(spec, (*_PLACEMENT, "model")),
-            "model": model,
-            "manifest": manifest.digest,
-            "samples": samples_digest(item.sample for item in chosen.items),
-        }
-    )
+    learner = {"spec": spec_digest(spec, (*_PLACEMENT, "model")), "model": model}
+    samples = samples_digest(item.sample for item in chosen.items)
+    identity = digest(learner | {"manifest": manifest.digest, "samples": samples})
     finished = read_result(spec.folder)
     if finished is not None and finished.get("identity") == identity:
         if Path(finished["adapter"]).is_dir():
@@ -52,7 +47,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             return finished
     _check_answers(chosen.items)
     _tell(spec, chosen)
-    folder = spec.folder / identity[:12]
+    # Without the data: a checkpoint of other data lies here, and is refused, instead of being passed over unseen.
+    folder = spec.folder / digest(learner)[:12]
     adapter = folder / "adapter"
     config = TrainingConfig(
         name="ray",
@@ -68,6 +64,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         weight_decay=spec.optimisation.weight_decay,
         checkpoint_every=spec.workers.checkpoint_every,
         max_failures=spec.workers.max_failures,
+        changed_data=spec.workers.changed_data,
     )
     losses: list[float] = []
     with (
@@ -76,7 +73,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
             spec.tracking.experiment,
             spec.name,
             spec=spec_record(spec),
-            tags={"identity": identity},
+            folder=spec.folder,
+            resume=identity,
         ) as run_,
         held(spec.features.cache, manifest, spec.name),
         ray_cluster.connected(),

@@ -1,13 +1,14 @@
-"""Checkpoints of a training run: written by every rank, believed only when whole, found by looking.
+"""Checkpoints of a training run: whole or not there, found by looking, the same for any number of workers.
 
-The folders are the only state. A checkpoint is `checkpoint_STEP_ID/` below the run's folder: DeepSpeed's files of
-every rank, and from every rank `complete-RANK.json` with the size and BLAKE3 of each file that it wrote. Ranks upload
-on their own and a kill may come at any moment, so a folder counts as a checkpoint only if all markers are there and
-all files are what the markers say; the order of the uploads does not matter. DeepSpeed's own `latest` is published
-before all ranks are done and is not written at all.
+A checkpoint is a folder `checkpoint_STEP_ID/` below the run's: `state-*.safetensors` with what is trained and Adam's
+moments in full (engine_state.py), and `complete.json`, which is written last and says the step, what must fit, and the
+size and BLAKE3 of every file. Without it, or with a file that is not what it says, the folder is no checkpoint. The
+folders are the only state: DeepSpeed's `latest` is published before all ranks are done, and Ray Train's list is
+rewritten in place; neither is used.
 
-Ray Train keeps a list of its own (`checkpoint_manager_snapshot.json`), which it rewrites in place and refuses to read
-when torn. It serves to delete old checkpoints and for nothing else; `mend` removes it where it cannot be used.
+Files are created once and never changed, in a folder or on S3 (storage.py), so a kill at any moment leaves whole files
+and no marker. Ray Train refuses to start with a torn list of its own (`checkpoint_manager_snapshot.json`); `mend`
+removes it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,28 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import blake3
 import torch
+from blake3 import blake3
+from torch import Tensor
+
+from crab_platform.engine_state import shape_of, trained
+from crab_platform.storage import FolderStore, Store
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint_(\d{8,})_[0-9a-f]+")
-_TAG = "state"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
+_OF_BEFORE = "complete-0.json"
+"""The marker of checkpoints that DeepSpeed wrote, a file a rank, before version 2."""
+COMPLETE = "complete.json"
+SCHEMA = 2
+FILE_BYTES = 256 << 20
+"""So much of the state goes into one file, which is once more in memory while it is written or read."""
 
 
 class IncompleteCheckpointError(ValueError):
@@ -38,6 +50,31 @@ class CheckpointMismatchError(ValueError):
     """A whole checkpoint was written by another kind of run than the one that wants it."""
 
 
+class DataChangedError(CheckpointMismatchError):
+    """The samples or features are no longer those that the checkpoint has learnt from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """What `complete.json` says."""
+
+    step: int
+    """Optimizer steps that were done."""
+    adam_step: int
+    """Of them, those that changed the weights."""
+    layout: dict[str, Any]
+    """What must be the same for a checkpoint to fit, see `layout`."""
+    data: str
+    """Digest of what is learnt from."""
+    guard: dict[str, Any]
+    """What the guard of the run has seen."""
+    metrics: dict[str, float]
+    """Of the last step."""
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Name -> (bytes, BLAKE3)."""
+    schema: int = SCHEMA
+
+
 def new_name(step: int) -> str:
     """A folder name that no other checkpoint has, also not one of the same step that was lost before."""
     return f"checkpoint_{step:08d}_{uuid.uuid4().hex[:8]}"
@@ -45,126 +82,166 @@ def new_name(step: int) -> str:
 
 def layout(model: torch.nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: `settings`, and names and shapes of what is trained."""
-    shapes = [
-        (name, list(getattr(p, "ds_shape", p.shape)))  # ZeRO-3 leaves p itself empty
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
+    shapes = [(name, shape_of(parameter)) for name, parameter in trained(model).items()]
     return dict(settings) | {
         "trained": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
     }
 
 
-def save(engine: Any, folder: Path, step: int, rank: int, layout: Mapping[str, Any]) -> None:
-    """Writes this rank's part of a checkpoint to an empty folder. Every rank calls it, each with its own folder."""
-    engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
-    files = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    marker = {"step": step, "rank": rank, "layout": dict(layout), "files": files}
-    (folder / f"complete-{rank}.json").write_text(json.dumps(marker))
+def write(store: Store, name: str, state: Mapping[str, Tensor], marker: Marker) -> None:
+    """Writes a checkpoint into the folder `name`, which must be new. The marker's own `files` do not count.
 
-
-def completed_step(folder: Path) -> int:
-    """The step of a whole checkpoint. Raises IncompleteCheckpointError."""
-    return int(_verified(folder)["step"])
-
-
-def resume(engine: Any, run: str, rank: int, layout: Mapping[str, Any]) -> int:
-    """Loads the newest whole checkpoint below `run` (path or URL) and returns its step; 0 when there is none.
-
-    Called by every rank. Rank 0 looks, the others follow it; it also removes what killed runs left half written.
-
-    Raises:
-        CheckpointMismatchError: the newest one is of a run with other workers or other trained parameters.
+    Raises StoreError, AlreadyExists among them.
     """
-    import ray.train
-    from ray.train.collective import broadcast_from_rank_zero
+    from safetensors.torch import save
 
-    filesystem, folder = _filesystem(run)
-    found = _newest(filesystem, folder, layout) if rank == 0 else None
-    found = broadcast_from_rank_zero(found)
-    step = 0
-    if found is not None:
-        name, step = found
-        checkpoint = ray.train.Checkpoint(path=f"{folder}/{name}", filesystem=filesystem)
-        with checkpoint.as_directory() as local:
-            # Not strict: frozen parameters are not in it. That all trained ones are was checked by the layout.
-            loaded, _ = engine.load_checkpoint(local, tag=_TAG, load_module_strict=False)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed could not load checkpoint {run}/{name}; remove it")
-        _LOG.info("resumed at step %d from %s", step, name)
-    if rank == 0:
-        known = {c.checkpoint.path for c in ray.train.get_all_reported_checkpoints()}
-        for name in _names(filesystem, folder):
-            if f"{folder}/{name}" not in known and (found is None or name != found[0]):
-                _LOG.warning("removing %s, left by a run that was killed", name)
-                filesystem.delete_dir(f"{folder}/{name}")
-    return step
+    files: dict[str, tuple[int, str]] = {}
+    parts = list(_parts(state))
+    for number, part in enumerate(parts, 1):
+        file = f"state-{number:05d}-of-{len(parts):05d}.safetensors"
+        data = save({key: state[key].contiguous() for key in part})
+        store.create(f"{name}/{file}", data)
+        files[file] = (len(data), blake3(data, max_threads=blake3.AUTO).hexdigest())
+    text = json.dumps(asdict(marker) | {"files": files}, indent=1)
+    store.create(f"{name}/{COMPLETE}", text.encode())
 
 
-def mend(run: str) -> None:
-    """Removes Ray Train's list of checkpoints if it is torn or names folders that are gone: it would refuse to start.
+def read(store: Store, name: str) -> tuple[Marker, dict[str, Tensor]]:
+    """A checkpoint, every byte checked. Raises IncompleteCheckpointError for anything but a whole one."""
+    from safetensors.torch import load
 
-    To be called before the run is started, while nothing else writes below `run` (path or URL).
-    """
-    from pyarrow.fs import FileType
+    marker = read_marker(store, name)
+    state: dict[str, Tensor] = {}
+    for file, (size, digest) in marker.files.items():
+        try:
+            data = store.read(f"{name}/{file}")
+        except FileNotFoundError:
+            raise IncompleteCheckpointError(f"{file} is missing") from None
+        if len(data) != size:
+            raise IncompleteCheckpointError(f"{file} has {len(data)} bytes, {size} were written")
+        if blake3(data, max_threads=blake3.AUTO).hexdigest() != digest:
+            raise IncompleteCheckpointError(f"{file} has other bytes than were written")
+        state |= load(data)
+    return marker, state
 
-    filesystem, folder = _filesystem(run)
-    path = f"{folder}/{_SNAPSHOT}"
-    if filesystem.get_file_info(path).type == FileType.NotFound:
-        return
-    with filesystem.open_input_stream(path) as stream:
-        text = stream.read()
+
+def read_marker(store: Store, name: str) -> Marker:
+    """What a checkpoint says of itself. Raises IncompleteCheckpointError where it does not say it."""
     try:
-        listed = {entry["checkpoint_dir_name"] for entry in json.loads(text)["checkpoint_results"]}
-    except (ValueError, KeyError, TypeError) as error:
-        _LOG.warning("%s is damaged (%s); removing it, the checkpoints stay", path, error)
-    else:
-        gone = listed.difference(_names(filesystem, folder))
-        if not gone:
-            return
-        _LOG.warning("%s names %s, which is gone; removing the list", path, sorted(gone))
-    filesystem.delete_file(path)
+        fields = json.loads(store.read(f"{name}/{COMPLETE}"))
+    except FileNotFoundError:
+        raise IncompleteCheckpointError(
+            f"{COMPLETE} is missing: it was not written to its end"
+        ) from None
+    except ValueError as error:
+        raise IncompleteCheckpointError(f"{COMPLETE} is damaged: {error}") from error
+    try:
+        fields["files"] = {file: (int(n), str(d)) for file, (n, d) in fields["files"].items()}
+        marker = Marker(**fields)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise IncompleteCheckpointError(
+            f"{COMPLETE} is not one of a checkpoint: {error}"
+        ) from error
+    if marker.schema != SCHEMA:
+        raise CheckpointMismatchError(
+            f"{store.url}/{name} has schema {marker.schema}, this version reads {SCHEMA}; "
+            "go on with the version that wrote it"
+        )
+    return marker
 
 
-def gather_trained(model: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
-    """Trained parameters in full, on the CPU, by name; on rank 0, and nothing on the others. Every rank calls it.
+def newest(
+    store: Store, expected: Mapping[str, Any], data: str, *, changed_data: bool = False
+) -> tuple[str, Marker] | None:
+    """The newest whole checkpoint of a run and what it says, or None. Those that are not whole are named in the log.
 
     Raises:
-        RuntimeError: a tensor came out empty, as ZeRO-3's ungathered ones are.
+        CheckpointMismatchError: it was written by a run of another layout.
+        DataChangedError: it has learnt from other data, and `changed_data` does not allow that.
     """
-    import deepspeed
-
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    with deepspeed.zero.GatheredParameters([p for _, p in trained]):
-        state = {name: p.detach().to("cpu", copy=True) for name, p in trained} if rank == 0 else {}
-    empty = sorted(name for name, value in state.items() if value.numel() == 0)
-    if empty:
-        raise RuntimeError(f"ZeRO-3 gave empty tensors for {empty[:5]}: nothing was exported")
-    return state
-
-
-def _newest(filesystem: Any, folder: str, layout: Mapping[str, Any]) -> tuple[str, int] | None:
-    import ray.train
-
-    for name in reversed(_names(filesystem, folder)):
-        checkpoint = ray.train.Checkpoint(path=f"{folder}/{name}", filesystem=filesystem)
-        with checkpoint.as_directory() as local:
-            try:
-                marker = _verified(Path(local))
-            except IncompleteCheckpointError as error:
-                _LOG.warning("%s/%s is not used: %s; trying the one before it", folder, name, error)
-                continue
-        if marker["layout"] != layout:
+    for name in reversed(names(store)):
+        try:
+            marker, _ = read(store, name)
+        except IncompleteCheckpointError as error:
+            if store.exists(f"{name}/{_OF_BEFORE}"):
+                raise CheckpointMismatchError(
+                    f"{store.url}/{name} was written by an earlier version, which can go on with it. "
+                    f"To start again from step 0, remove {store.url}"
+                ) from error
+            _LOG.warning("%s/%s is not used: %s; trying the one before it", store.url, name, error)
+            continue
+        if marker.layout != dict(expected):
             raise CheckpointMismatchError(
-                f"{folder}/{name} was written with {_difference(marker['layout'], layout)}. "
-                f"Go back to what it was written with, or remove {folder} to start again from step 0"
+                f"{store.url}/{name} was written with {_difference(marker.layout, expected)}. "
+                f"Go back to what it was written with, or remove {store.url} to start again from step 0"
             )
-        return name, int(marker["step"])
+        if marker.data != data:
+            if not changed_data:
+                raise DataChangedError(
+                    f"the data has changed since {store.url}/{name} (step {marker.step}): {marker.data[:12]}, now "
+                    f"{data[:12]}. Bring it back; or go on with the new data (--set workers.changed_data=continue); or "
+                    "give the run another name"
+                )
+            _LOG.warning(
+                "%s/%s has learnt from data %s; going on with %s, as changed_data allows",
+                *(store.url, name, marker.data[:12], data[:12]),
+            )
+        return name, marker
     return None
+
+
+def names(store: Store) -> list[str]:
+    """Names of the checkpoint folders of a run, whole or not, oldest first."""
+    folders = {path.partition("/")[0] for path in store.list()}
+    matches = [match for name in folders if (match := _NAME.fullmatch(name))]
+    return [match[0] for match in sorted(matches, key=lambda m: (int(m[1]), m[0]))]
+
+
+def remove_unusable(store: Store, used: str | None) -> None:
+    """Deletes what `newest` has passed over: all that is newer than `used`, and what was not written to its end."""
+    for name in names(store):
+        if used is None or name > used or (name != used and not store.exists(f"{name}/{COMPLETE}")):
+            _LOG.warning("removing %s/%s, which cannot be used", store.url, name)
+            remove(store, [name])
+
+
+def remove(store: Store, unwanted: Sequence[str]) -> None:
+    """Deletes checkpoints, the marker first: what is left by a kill is no checkpoint."""
+    for name in unwanted:
+        store.delete(f"{name}/{COMPLETE}")
+        store.delete_all(store.list(name))
+        if isinstance(store, FolderStore):
+            with suppress(FileNotFoundError):  # two attempts of one run may remove the same
+                Path(store.url, name).rmdir()
+
+
+def mend(store: Store) -> None:
+    """Removes Ray Train's list of checkpoints if it is torn: it would refuse to start.
+
+    To be called before the run is started, while nothing else writes below it.
+    """
+    try:
+        json.loads(store.read(_SNAPSHOT))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        _LOG.warning("%s/%s is damaged (%s); removing it", store.url, _SNAPSHOT, error)
+        store.delete(_SNAPSHOT)
+
+
+def _parts(state: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names in order, as many a part as fit into FILE_BYTES, one at least."""
+    part: list[str] = []
+    size = 0
+    for key in sorted(state):
+        nbytes = state[key].numel() * state[key].element_size()
+        if part and size + nbytes > FILE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(key)
+        size += nbytes
+    if part:
+        yield part
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -173,64 +250,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     )
-
-
-def _verified(folder: Path) -> dict[str, Any]:
-    """The marker of rank 0, once every file of every rank was found to be what its rank wrote."""
-    first = _marker(folder, 0)
-    for rank in range(first["layout"]["world_size"]):
-        marker = _marker(folder, rank)
-        if (marker["step"], marker["layout"]) != (first["step"], first["layout"]):
-            raise IncompleteCheckpointError(
-                f"complete-{rank}.json is of another save than that of rank 0"
-            )
-        for name, (size, digest) in marker["files"].items():
-            path = folder / name
-            if not path.is_file():
-                raise IncompleteCheckpointError(f"{name} is missing")
-            if path.stat().st_size != size:
-                raise IncompleteCheckpointError(
-                    f"{name} has {path.stat().st_size} bytes, {size} were written"
-                )
-            if _digest(path) != digest:
-                raise IncompleteCheckpointError(f"{name} has other bytes than were written")
-    return first
-
-
-def _marker(folder: Path, rank: int) -> dict[str, Any]:
-    path = folder / f"complete-{rank}.json"
-    try:
-        marker: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise IncompleteCheckpointError(
-            f"{path.name} is missing: rank {rank} did not finish"
-        ) from None
-    except ValueError as error:
-        raise IncompleteCheckpointError(f"{path.name} is damaged: {error}") from error
-    if not marker.keys() >= {"step", "layout", "files"} or "world_size" not in marker["layout"]:
-        raise IncompleteCheckpointError(f"{path.name} has only {sorted(marker)}")
-    return marker
-
-
-def _digest(path: Path) -> str:
-    hasher = blake3.blake3()
-    hasher.update_mmap(path)
-    return hasher.hexdigest()
-
-
-def _names(filesystem: Any, folder: str) -> list[str]:
-    """Names of the checkpoint folders below `folder`, whole or not, oldest first."""
-    from pyarrow.fs import FileSelector, FileType
-
-    entries = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
-    names = [e.base_name for e in entries if e.type == FileType.Directory]
-    matches = [match for name in names if (match := _NAME.fullmatch(name))]
-    return [match[0] for match in sorted(matches, key=lambda m: (int(m[1]), m[0]))]
-
-
-def _filesystem(run: str) -> tuple[Any, str]:
-    """As Ray Train itself opens a storage path."""
-    from pyarrow.fs import FileSystem
-
-    filesystem, path = FileSystem.from_uri(run)
-    return filesystem, path.rstrip("/")

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.tiny_training import Plan, Run, plain_losses, run, write_llm
 
-from crab_platform.checkpoint import gather_trained
+from crab_platform.engine_state import gather_weights
 from crab_platform.ray_cluster import connected
 
 pytestmark = pytest.mark.ray
@@ -109,4 +110,4 @@ def test_an_empty_tensor_is_not_exported() -> None:
     model = torch.nn.Linear(2, 2)
     model.bias = torch.nn.Parameter(torch.empty(0))
     with pytest.raises(RuntimeError, match="bias"):
-        gather_trained(model, rank=0)
+        gather_weights(SimpleNamespace(module=model), rank=0)

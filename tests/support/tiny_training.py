@@ -7,11 +7,12 @@ Top-level functions and frozen records only: Ray Train's workers import this fil
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from support import crash_points
 from tiny_crab import config, example, mask_example, plain_llm, tokenizer
 
 from crab import train as schedule
@@ -28,6 +30,8 @@ from crab.model.collate import Collator
 from crab.model.config import CrabConfig, LlmConfig
 from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
+from crab_platform import guards
+from crab_platform.checkpoint_writer import CheckpointWriter
 from crab_platform.training import TrainingConfig, TrainingResult, train
 
 NUM_SAMPLES = 16
@@ -46,14 +50,35 @@ class Plan:
     parts: int = 2
     """Ranks x micro batches. Dropout depends on where the global batch is cut, so runs compare at equal parts."""
     dropout: float = 0.0
+    peak: float = 5e-3
+    """Highest learning rate."""
     seed: int = 12
     """With it one rank has masks in the first micro batch of all and the other has none, where ZeRO-3 is most easily
     led astray: weights that stay for good are not gathered yet."""
-    kill_at: int | None = None
-    """The last rank kills itself in the middle of this step (0-based), once."""
+    stop_after: int | None = None
+    """Ends after so many steps, as if it were done; the schedule is that of all."""
+    kill_at: tuple[int, ...] = ()
+    """A rank kills itself in each of these steps (0-based), once: the last in odd ones, rank 0 in even ones."""
+    crashes: int = 0
+    """So many times a rank is killed at the next boundary of what rank 0 does to checkpoint files (crash_points.py)."""
+    step_s: float = 0.0
+    """So long every step takes at least, asleep."""
     hold_at: int | None = None
     """The last rank stops for good in the middle of this step, once; somebody will kill it."""
-    forgets: Literal["dropout", "data"] | None = None
+    freeze_at: int | None = None
+    """The last rank is stopped by SIGSTOP in the middle of this step, once; nobody wakes it."""
+    nan_at: tuple[int, ...] = ()
+    """In these steps (0-based) the last rank, and no other, meets NaN."""
+    nan_in: Literal["gradient", "loss", "features"] = "gradient"
+    infinite: bool = False
+    """Infinity in the place of NaN."""
+    waits_for_checkpoints: bool = False
+    """Planted bug: a checkpoint is written before training goes on."""
+    without_gate: bool = False
+    """Planted bug: every update is applied, whatever the guard says."""
+    data: str = "the same"
+    """Digest of the samples, as far as checkpoints go."""
+    forgets: Literal["dropout", "data", "schedule"] | None = None
     """Planted bug: draws from a generator of the process, or counts its own batches, instead of asking the step."""
 
 
@@ -78,7 +103,8 @@ def crab_config(plan: Plan) -> CrabConfig:
 class TinyRecipe:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.num_steps = plan.steps
+        self.num_steps = plan.stop_after or plan.steps
+        self.data = plan.data
         settings = crab_config(plan)
         self.tokenizer = load_tokenizer(plan.llm)
         self.model: CrabModel = build_model(settings, self.tokenizer)
@@ -96,6 +122,18 @@ class TinyRecipe:
             else example(i, streams=("va", "v", "a")[i % 3])
             for i in range(NUM_SAMPLES)
         ]
+        if plan.waits_for_checkpoints:
+            submit = CheckpointWriter.submit
+
+            def submit_and_wait(writer: CheckpointWriter, *args: Any) -> None:
+                submit(writer, *args)
+                writer.wait()
+
+            CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]
+        if plan.without_gate:
+            guards.Guard.objection = lambda _self, _values: None  # type: ignore[method-assign]
+        if plan.crashes:
+            crash_points.plant(self._out, plan.crashes)
         with (self._out / "pids").open("a") as file:
             file.write(f"{os.getpid()}\n")
 
@@ -103,8 +141,10 @@ class TinyRecipe:
         return schedule.parameter_groups(self.model.trainable_parameters())
 
     def learning_rate(self, step: int) -> float:
+        if self.plan.forgets == "schedule":
+            step = next(self._own_count)
         # 0 in the last step: what its forward shows is what is exported.
-        return schedule.cosine_lr(step, num_steps=self.plan.steps - 1, peak=5e-3)
+        return schedule.cosine_lr(step, num_steps=self.plan.steps - 1, peak=self.plan.peak)
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
         if self.plan.forgets == "data":
@@ -114,31 +154,42 @@ class TinyRecipe:
         tokens = sum(self._collate.num_target_tokens(sample) for sample in samples)
         frames = sum(self._collate.num_mask_frames(sample) for sample in samples)
         mine = schedule.rank_slice(indices, rank, world_size)
+        time.sleep(self.plan.step_s)
+        crash_points.resumed(self._out, step)
         for part in schedule.micro_batches(mine, GLOBAL_BATCH // self.plan.parts):
+            bad = step in self.plan.nan_at and rank == world_size - 1
+            tensors = self._collate([self._examples[i] for i in part])
+            if bad and self.plan.nan_in == "features":
+                tensors |= {n: self._spoilt(tensors[n]) for n in ("video", "audio") if n in tensors}
             yield {
-                "tensors": self._collate([self._examples[i] for i in part]),
+                "tensors": tensors,
                 "normalizers": (float(tokens), float(frames)),
-                "rank": rank,
-                "step": step,
+                "samples": float(sum(1 << i for i in part)),
+                "bad": bad,
+                "probed": step == self.plan.steps - 1 and rank == 0,
             }
-            if rank == world_size - 1:
-                self._fault(step)
+            self._fault(step, rank, world_size)
 
     def loss(
         self, model: torch.nn.Module, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with recorded_logits(self.model) as logits:
             output = model(batch["tensors"], *batch["normalizers"])
-        if batch["step"] == self.num_steps - 1 and batch["rank"] == 0:
+        if batch["bad"] and self.plan.nan_in == "gradient":
+            output["loss"].register_hook(self._spoilt)
+        if batch["bad"] and self.plan.nan_in == "loss":
+            output["loss"] = self._spoilt(output["loss"])
+        if batch["probed"]:
             torch.save({"batch": batch["tensors"], "logits": logits[0]}, self._out / "probe.pt")
         return output["loss"], {
+            "samples": torch.tensor(batch["samples"]),
             "tokens": output["sample_tokens"].sum(),
             "mask_frames": output["sample_mask_frames"].sum(),
             "mask_loss": output["sample_mask_loss"].sum(),
         }
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {name: sums[name] for name in ("tokens", "mask_frames", "mask_loss")}
+        return {name: sums[name] for name in ("samples", "tokens", "mask_frames", "mask_loss")}
 
     def seed(self, step: int, micro: int, rank: int) -> int:
         if self.plan.forgets == "dropout":
@@ -151,14 +202,27 @@ class TinyRecipe:
         shutil.rmtree(folder, ignore_errors=True)
         save_model(self.model, self.tokenizer, folder, state=state, lineage={"step": step})
 
-    def _fault(self, step: int) -> None:
-        """Between two micro batches, when gradients of the step are there and its update is not."""
-        if self.plan.kill_at == step and not (self._out / "killed").exists():
-            (self._out / "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.plan.hold_at == step and not (self._out / "held").exists():
-            (self._out / "held").touch()
+    def _spoilt(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * (math.inf if self.plan.infinite else math.nan)
+
+    def _fault(self, step: int, rank: int, world_size: int) -> None:
+        """Between two micro batches, when gradients of the step are there and its update is not; after the last micro
+        batch of a rank the update is done, and its checkpoint is not."""
+        last = rank == world_size - 1
+        if step in self.plan.kill_at and (last if step % 2 else rank == 0):
+            if self._once(f"killed-{step}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.plan.hold_at == step and last and self._once("held"):
             time.sleep(3600)
+        if self.plan.freeze_at == step and last and self._once("frozen"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _once(self, name: str) -> bool:
+        try:
+            (self._out / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 @contextmanager
@@ -229,12 +293,21 @@ class Run:
         return {f"{file}:{k}": v for file in files for k, v in load_file(adapter / file).items()}
 
 
-def run(plan: Plan, **changes: Any) -> Run:
-    """Trains `plan`; to be called inside a connection to Ray. The checkpoints lie beside its output."""
+def run(plan: Plan, *, on_step: Callable[[int], object] | None = None, **changes: Any) -> Run:
+    """Trains `plan`; to be called inside a connection to Ray. The checkpoints lie beside its output.
+
+    `on_step` hears of every step (1-based) when its metrics arrive.
+    """
     settings = TrainingConfig(
         name="run", storage_path=plan.out, checkpoint_every=2, keep_checkpoints=10, max_failures=1
     )
     settings = replace(settings, **changes)
     metrics: list[dict[str, float]] = []
-    result = train(partial(TinyRecipe, plan), settings, metrics.append)
+
+    def on_metrics(values: dict[str, float]) -> None:
+        metrics.append(values)
+        if on_step is not None:
+            on_step(int(values["step"]))
+
+    result = train(partial(TinyRecipe, plan), settings, on_metrics)
     return Run(plan=plan, config=settings, metrics=metrics, result=result)

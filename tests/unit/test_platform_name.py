@@ -45,7 +45,8 @@ def test_ray_worker_with_working_dir(tmp_path: Path) -> None:
     script = f"""
 import ray
 env = {{"working_dir": {str(tmp_path)!r}, "env_vars": {{"PYTHONPATH": "platform"}}}}
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=env)
+# Not one that somebody left running on this machine: that is what the empty address would take.
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=env)
 @ray.remote
 def inside():
     import platform, crab_platform, os
