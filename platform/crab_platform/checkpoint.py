@@ -1,9 +1,9 @@
 """Checkpoints of a training run: whole or not there, found by looking, the same for any number of workers.
 
 A checkpoint is a folder `checkpoint_STEP_ID/` below the run's: `state-*.safetensors` with what is trained and Adam's
-moments in full (engine_state.py), and `complete.json`, which is written last and says the step, what must fit, and the
-size and BLAKE3 of every file. Without it, or with a file that is not what it says, the folder is no checkpoint. The
-folders are the only state: DeepSpeed's `latest` is published before all ranks are done, and Ray Train's list is
+moments in full (engine_state.py), and `complete.json`, which is written last and says the step, what must fit, the size
+and BLAKE3 of every file, and its own. Without it, or with a file that is not what it says, the folder is no checkpoint.
+The folders are the only state: DeepSpeed's `latest` is published before all ranks are done, and Ray Train's list is
 rewritten in place; neither is used.
 
 Files are created once and never changed, in a folder or on S3 (storage.py), so a kill at any moment leaves whole files
@@ -38,6 +38,7 @@ _OF_BEFORE = "complete-0.json"
 """The marker of checkpoints that DeepSpeed wrote, a file a rank, before version 2."""
 COMPLETE = "complete.json"
 SCHEMA = 2
+_SEAL = b', "blake3": "'
 FILE_BYTES = 256 << 20
 """So much of the state goes into one file, which is once more in memory while it is written or read."""
 
@@ -102,8 +103,22 @@ def write(store: Store, name: str, state: Mapping[str, Tensor], marker: Marker) 
         data = save({key: state[key].contiguous() for key in part})
         store.create(f"{name}/{file}", data)
         files[file] = (len(data), blake3(data, max_threads=blake3.AUTO).hexdigest())
-    text = json.dumps(asdict(marker) | {"files": files}, indent=1)
-    store.create(f"{name}/{COMPLETE}", text.encode())
+    store.create(f"{name}/{COMPLETE}", _seal(asdict(marker) | {"files": files}))
+
+
+def _seal(fields: Mapping[str, Any]) -> bytes:
+    """JSON whose last field is the BLAKE3 of all that is before it, so that no byte of it can change unseen."""
+    body = json.dumps(fields).encode()
+    return body[:-1] + _SEAL + blake3(body).hexdigest().encode() + b'"}'
+
+
+def _unseal(data: bytes) -> Any:
+    """What was sealed. Raises ValueError."""
+    body, seal, digest = data.rpartition(_SEAL)
+    body += b"}"
+    if not seal or digest != blake3(body).hexdigest().encode() + b'"}':
+        raise ValueError("it has other bytes than were written")
+    return json.loads(body)
 
 
 def read(store: Store, name: str) -> tuple[Marker, dict[str, Tensor]]:
@@ -128,25 +143,22 @@ def read(store: Store, name: str) -> tuple[Marker, dict[str, Tensor]]:
 def read_marker(store: Store, name: str) -> Marker:
     """What a checkpoint says of itself. Raises IncompleteCheckpointError where it does not say it."""
     try:
-        fields = json.loads(store.read(f"{name}/{COMPLETE}"))
+        fields = _unseal(store.read(f"{name}/{COMPLETE}"))
     except FileNotFoundError:
         raise IncompleteCheckpointError(
             f"{COMPLETE} is missing: it was not written to its end"
         ) from None
     except ValueError as error:
         raise IncompleteCheckpointError(f"{COMPLETE} is damaged: {error}") from error
-    try:
-        fields["files"] = {file: (int(n), str(d)) for file, (n, d) in fields["files"].items()}
-        marker = Marker(**fields)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise IncompleteCheckpointError(
-            f"{COMPLETE} is not one of a checkpoint: {error}"
-        ) from error
-    if marker.schema != SCHEMA:
+    if fields["schema"] != SCHEMA:
         raise CheckpointMismatchError(
-            f"{store.url}/{name} has schema {marker.schema}, this version reads {SCHEMA}; "
+            f"{store.url}/{name} has schema {fields['schema']}, this version reads {SCHEMA}; "
             "go on with the version that wrote it"
         )
+    files = {file: (int(size), str(digest)) for file, (size, digest) in fields["files"].items()}
+    marker = Marker(**(fields | {"files": files}))
+    if int(name.split("_")[1]) != marker.step:
+        raise IncompleteCheckpointError(f"{COMPLETE} is of step {marker.step}, not of this folder")
     return marker
 
 

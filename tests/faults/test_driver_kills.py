@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from support.crab_runs import CrabRun, kill, ray_home, wait_for
+from support.crab_runs import CLI, CrabRun, kill, ray_home, wait_for
 from torch import equal
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -55,7 +55,7 @@ def job(path: Path, env: dict[str, str], name: str, spec: dict[str, Any]) -> Any
     return CrabRun(["run", str(file), "--json"], env, path).finish()
 
 
-def train(path: Path, env: dict[str, str], name: str) -> CrabRun:
+def train(path: Path, env: dict[str, str], name: str, code: str = CLI) -> CrabRun:
     spec = yaml.safe_load(Path("jobs/specs/train-shapes.yaml").read_text())
     spec |= places(path) | {"name": name, "parse_rate_samples": 0}
     spec["features"] = {"cache": f"{path}/cache", "manifest": "preprocess-shapes"}
@@ -63,12 +63,14 @@ def train(path: Path, env: dict[str, str], name: str) -> CrabRun:
     spec["workers"] |= {"checkpoint_every": EVERY, "zero_stage": 3}
     file = path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(spec))
-    return CrabRun(["run", str(file), "--json"], env, path)
+    return CrabRun(["run", str(file), "--json"], env, path, code)
 
 
-def newest(path: Path) -> int:
-    """Step of the newest checkpoint of the run that is killed; 0 when there is none."""
-    names = (p.parent.name for p in (path / "runs").glob("killed/*/ray/checkpoint_*/complete.json"))
+def newest(path: Path, name: str = "killed") -> int:
+    """Step of the newest checkpoint of a run; 0 when there is none."""
+    names = (
+        p.parent.name for p in (path / "runs").glob(f"{name}/*/ray/checkpoint_*/complete.json")
+    )
     return max((int(name.split("_")[1]) for name in names), default=0)
 
 
@@ -123,6 +125,13 @@ def learnt(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def runs_named(folder: Path, name: str) -> list[Any]:
+    """MLflow's."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return [run for run in runs if run.info.run_name == name]
+
+
 def test_the_same_command_goes_on_after_every_kill(
     folder: Path, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,11 +159,33 @@ def test_the_same_command_goes_on_after_every_kill(
     assert killed["weights"].keys() == unkilled["weights"].keys()
     assert all(equal(killed["weights"][n], t) for n, t in unkilled["weights"].items())
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    (ours,) = [r for r in runs if r.info.run_name == "killed"]
+    (ours,) = runs_named(folder, "killed")
     assert ours.info.status == "FINISHED"
     history = client.get_metric_history(ours.info.run_id, "loss")
     assert [m.step for m in history] == list(range(1, STEPS + 1))
     assert [m.value for m in history] == unkilled["losses"]
     with capsys.disabled():
         print(f"\nB12: {len(KILLS)} kills ({', '.join(KILLS)}), {starts} starts, one MLflow run")
+
+
+_ALWAYS_ANEW = """
+from crab_platform import tracking
+start = tracking.start_run
+tracking.start_run = lambda *args, **kwargs: start(*args, **(kwargs | {"resume": None}))
+from jobs.cli import main
+main()
+"""
+
+
+def test_a_job_that_forgets_its_mlflow_run_is_noticed(folder: Path, env: dict[str, str]) -> None:
+    """Teeth: a job that never looks for its run of before (planted) has two in MLflow after one kill."""
+    run = train(folder, env, "forgetful", _ALWAYS_ANEW)
+    try:
+        wait_for(lambda: newest(folder, "forgetful") > 0, "a checkpoint")
+        run.kill()
+        all_ended(run)
+        run = train(folder, env, "forgetful", _ALWAYS_ANEW)
+        run.finish()
+    finally:
+        run.end_all()
+    assert len(runs_named(folder, "forgetful")) == 2

@@ -94,6 +94,27 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(
         )
 
 
+def test_workers_that_do_not_listen_are_noticed(tmp_path: Path) -> None:
+    """Teeth: with workers that never ask (planted) there is no checkpoint when the window is over."""
+    plan = Plan(
+        llm=write_llm(tmp_path / "llm"),
+        out=str(tmp_path),
+        steps=100_000,
+        step_s=0.1,
+        is_deaf=True,
+    )
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = outside | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen([sys.executable, "-c", _DRIVER, repr(plan)], env=env)
+    wait_for_steps(plan, 1, driver)
+    driver.send_signal(signal.SIGTERM)
+    time.sleep(WINDOW_S)
+    assert driver.poll() is None
+    assert whole(tmp_path) == []
+    driver.kill()
+    driver.wait()
+
+
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """Ray with a head that runs no workers; this process is connected to it."""

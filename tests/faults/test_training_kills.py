@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import crash_points
 from support.tiny_training import Plan, Run, run, write_llm
 
 from crab_platform import checkpoint
@@ -20,6 +21,7 @@ from crab_platform.storage import open_store
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 KILLS = 10
+EVERY = 3
 CRASHES = 60
 
 
@@ -44,26 +46,36 @@ def test_ten_kills_and_not_one_differing_bit(
     llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills = tuple(sorted(random.Random(5).sample(range(1, 40), KILLS)))
-    plan = Plan(llm=llm, out=str(tmp_path / "unstopped"), dropout=0.2, steps=40)
-    unstopped = run(plan, checkpoint_every=3)
+    plan = Plan(llm=llm, out=str(tmp_path / "unstopped"), dropout=0.2, steps=40, step_s=0.1)
+    unstopped = run(plan, checkpoint_every=EVERY)
     at: dict[int, float] = {}
     killed_plan = replace(plan, out=str(tmp_path / "killed"), kill_at=kills)
     killed = run(
         killed_plan,
-        checkpoint_every=3,
+        checkpoint_every=EVERY,
         max_failures=KILLS,
         on_step=lambda step: at.setdefault(step, time.time()),
     )
     died = {k: (tmp_path / "killed" / f"killed-{k}").stat().st_mtime for k in kills}
     assert len(died) == KILLS
     assert differing(killed, unstopped) == []
+    lost = [kill - again for kill, again in zip(kills, killed.began[1:], strict=True)]
+    assert max(lost) <= EVERY
     # What was told before a kill is not told again: the next news is of a step that was never done before it.
     gaps = [min(t for t in at.values() if t > when) - when for when in died.values()]
     with capsys.disabled():
         print(
             f"\nB1: {KILLS} kills before steps {kills}, 0 differing bits in {len(killed.steps)} steps"
-            f"\nB7: next new step after {min(gaps):.1f} to {max(gaps):.1f} s"
+            f"\nB7: next new step after {min(gaps):.1f} to {max(gaps):.1f} s, at most {max(lost)} steps done again "
+            f"(a checkpoint every {EVERY})"
         )
+
+
+def test_a_run_without_checkpoints_loses_more(llm: str, tmp_path: Path) -> None:
+    """Teeth of B7: what is done again is seen in the step that a start begins with."""
+    plan = Plan(llm=llm, out=str(tmp_path), dropout=0.2, steps=EVERY + 4, kill_at=(EVERY + 2,))
+    killed = run(plan, checkpoint_every=1000)
+    assert killed.began == [0, 0]
 
 
 def test_sixty_crash_points_in_saves_and_sixty_resumes(
@@ -97,15 +109,19 @@ def test_sixty_crash_points_in_saves_and_sixty_resumes(
 
 
 def test_a_marker_before_its_data_is_noticed(tmp_path: Path) -> None:
-    """Teeth of B2: a writer that writes the marker first, and dies, leaves what the rule of the test calls no whole
-    checkpoint, and what `newest` refuses."""
-    store = open_store(tmp_path)
-    state = {"weight/a": torch.ones(3)}
-    good = checkpoint.Marker(step=1, adam_step=1, layout={}, data="d", guard={}, metrics={})
-    checkpoint.write(store, checkpoint.new_name(1), state, good)
-    early = checkpoint.new_name(2)
-    text = json.loads((next(tmp_path.glob("checkpoint_*")) / checkpoint.COMPLETE).read_text())
-    store.create(f"{early}/{checkpoint.COMPLETE}", json.dumps(text | {"step": 2}).encode())
+    """Teeth of B2: what a writer that writes the marker first leaves when it dies is no checkpoint, neither by the rule
+    of the test nor by `newest`."""
+    store = open_store(tmp_path / "run")
+    for step in (1, 2):
+        marker = checkpoint.Marker(
+            step=step, adam_step=1, layout={}, data="d", guard={}, metrics={}
+        )
+        checkpoint.write(store, checkpoint.new_name(step), {"weight/a": torch.ones(3)}, marker)
+    assert crash_points.newest_whole(tmp_path / "run") == 2
+    (early,) = (tmp_path / "run").glob("checkpoint_00000002_*")
+    (data,) = early.glob("state-*")
+    data.unlink()
+    assert crash_points.newest_whole(tmp_path / "run") == 1
     found = checkpoint.newest(store, {}, "d")
     assert found is not None
     assert found[1].step == 1

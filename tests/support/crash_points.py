@@ -27,7 +27,7 @@ def plant(out: Path, crashes: int) -> None:
     (out / f"pid-of-{rank}").write_text(str(os.getpid()))
     if rank != 0:
         return
-    (out / "newest").write_text(str(_newest_whole(out / "run")))
+    (out / "newest").write_text(str(newest_whole(out / "run")))
     number = len(list(log.iterdir()))
     if number >= crashes:
         return
@@ -65,12 +65,13 @@ def resumed(out: Path, step: int) -> None:
         newest.unlink()
 
 
-def _newest_whole(run: Path) -> int:
+def newest_whole(run: Path) -> int:
     """Its step, or 0, by the promise of complete.json alone: it is there, and so are all its files in their sizes."""
     found = [0]
     for marker in run.glob("checkpoint_*/complete.json"):
         says = json.loads(marker.read_text())
         sizes = {name: size for name, (size, _) in says["files"].items()}
-        if all((marker.parent / name).stat().st_size == size for name, size in sizes.items()):
+        there = {file.name: file.stat().st_size for file in marker.parent.iterdir()}
+        if sizes.items() <= there.items():
             found.append(says["step"])
     return max(found)

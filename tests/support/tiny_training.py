@@ -30,12 +30,14 @@ from crab.model.collate import Collator
 from crab.model.config import CrabConfig, LlmConfig
 from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
-from crab_platform import guards
+from crab_platform import guards, notice
 from crab_platform.checkpoint_writer import CheckpointWriter
 from crab_platform.training import TrainingConfig, TrainingResult, train
 
 NUM_SAMPLES = 16
 GLOBAL_BATCH = 4
+BEGAN = "began"
+"""File with the first step (0-based) of every start of the workers, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,11 @@ class Plan:
     """Planted bug: every update is applied, whatever the guard says."""
     data: str = "the same"
     """Digest of the samples, as far as checkpoints go."""
-    forgets: Literal["dropout", "data", "schedule"] | None = None
-    """Planted bug: draws from a generator of the process, or counts its own batches, instead of asking the step."""
+    forgets: Literal["dropout", "data", "schedule", "part"] | None = None
+    """Planted bug: draws from a generator of the process, or counts its own batches, instead of asking the step; or
+    draws by rank, as DeepSpeed's users do, instead of by the part of the batch."""
+    is_deaf: bool = False
+    """Planted bug: workers never ask whether the end is near."""
 
 
 def write_llm(folder: Path) -> str:
@@ -110,6 +115,7 @@ class TinyRecipe:
         self.model: CrabModel = build_model(settings, self.tokenizer)
         self._collate = Collator(settings, self.tokenizer, self.model.table)
         self._own_count = itertools.count()
+        self._began = False
         self._out = Path(plan.out)
         # Every process draws its own mask files: another one would read them half written.
         masks = self._out / f"masks-{os.getpid()}"
@@ -132,6 +138,8 @@ class TinyRecipe:
             CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]
         if plan.without_gate:
             guards.Guard.objection = lambda _self, _values: None  # type: ignore[method-assign]
+        if plan.is_deaf:
+            notice.Notice.news = lambda _self: "none"  # type: ignore[method-assign]
         if plan.crashes:
             crash_points.plant(self._out, plan.crashes)
         with (self._out / "pids").open("a") as file:
@@ -154,6 +162,10 @@ class TinyRecipe:
         tokens = sum(self._collate.num_target_tokens(sample) for sample in samples)
         frames = sum(self._collate.num_mask_frames(sample) for sample in samples)
         mine = schedule.rank_slice(indices, rank, world_size)
+        if not self._began and rank == 0:
+            with (self._out / BEGAN).open("a") as file:
+                file.write(f"{step}\n")
+        self._began = True
         time.sleep(self.plan.step_s)
         crash_points.resumed(self._out, step)
         for part in schedule.micro_batches(mine, GLOBAL_BATCH // self.plan.parts):
@@ -195,6 +207,8 @@ class TinyRecipe:
         if self.plan.forgets == "dropout":
             return next(self._own_count)
         parts_a_rank = self.plan.parts // torch.distributed.get_world_size()
+        if self.plan.forgets == "part":
+            return schedule.step_seed(self.plan.seed, 1000 * step + micro, rank)
         return schedule.step_seed(self.plan.seed, step, rank * parts_a_rank + micro)
 
     def export(self, state: Mapping[str, torch.Tensor], step: int) -> None:
@@ -280,6 +294,11 @@ class Run:
     def folder(self) -> Path:
         """Where the checkpoints lie."""
         return Path(self.config.run)
+
+    @property
+    def began(self) -> list[int]:
+        """The first step (0-based) of every start of the workers."""
+        return [int(line) for line in Path(self.plan.out, BEGAN).read_text().split()]
 
     def checkpoint(self, step: int) -> Path:
         (folder,) = self.folder.glob(f"checkpoint_{step:08d}_*")
