@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crab.evaluate import get_task
+from crab.model.artifact import verify_model
 from crab.model.initial import DIGEST as INITIAL_DIGEST
 from crab_platform import ray_cluster, tracking
 from crab_platform.catalog import Manifest
@@ -42,7 +43,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     identity = digest(learner | {"manifest": manifest.digest, "samples": samples})
     finished = read_result(spec.folder)
     if finished is not None and finished.get("identity") == identity:
-        if Path(finished["adapter"]).is_dir():
+        try:
+            verify_model(finished["adapter"])
+        except (FileNotFoundError, ValueError) as error:
+            line(f"{spec.name}: trained already, but {error}")
+        else:
             line(f"{spec.name}: trained already, nothing to do. Adapter: {finished['adapter']}")
             return finished
     _check_answers(chosen.items)
