@@ -1,6 +1,6 @@
 """Is an exported folder what training wrote? A digest for every file, and tensors that can be weights.
 
-`digests.json` is written last: {path in the folder: SHA-256 of the file}. Files that it does not name are not looked at.
+`digests.json` is written last: {path in the folder: SHA-256}. Files that it does not name are not looked at.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_digests(folder: Path) -> None:
 
 
 def check_digests(folder: Path) -> None:
-    """Raises DamagedExportError where a file that digests.json names is absent or has other bytes, or it is so itself."""
+    """Raises DamagedExportError where digests.json, or a file that it names, is absent or damaged."""
     where = folder / DIGESTS
     try:
         expected = json.loads(where.read_bytes())
@@ -60,12 +60,12 @@ def check_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise DamagedExportError(f"{file} holds no tensors. {_NEXT}")
     if empty := [name for name, tensor in tensors.items() if tensor.numel() == 0]:
         raise DamagedExportError(
-            f"{file}: {len(empty)} tensors have no elements, first {empty[0]}: they were saved from a model that ZeRO-3 "
-            "had sharded. Gather them before saving (crab.model.artifact.save_model does not take such ones)"
+            f"{file}: {len(empty)} tensors have no elements, first {empty[0]}: they were saved from a model that "
+            "ZeRO-3 had sharded. Gather them before saving (crab.model.artifact.save_model takes no such ones)"
         )
     if wild := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise DamagedExportError(
-            f"{file}: {len(wild)} tensors have NaN or infinity, first {wild[0]}. Go back to a checkpoint from before that"
+            f"{file}: {len(wild)} tensors have NaN or infinity, first {wild[0]}. Go back to a checkpoint from before"
         )
 
 

@@ -154,6 +154,6 @@ def test_another_language_model_is_refused(exported: Path, tmp_path: Path) -> No
     save_file(tensors | {name: tensors[name] * (1 + 1e-6)}, weights, metadata={"format": "pt"})
     for read in (load_adapter, language_model_of):
         with pytest.raises(
-            ValueError, match="trained on a language model with digest .* Train again"
+            ValueError, match=r"trained on a language model with digest .* Train again"
         ):
             read(moved)
