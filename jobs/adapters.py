@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from crab.model.artifact import ADAPTER_WEIGHTS, RECORD, WEIGHTS, load_model
+from crab.model.artifact import ADAPTER_WEIGHTS, RECORD, WEIGHTS, load_model, verify_model
 from crab.model.collate import Collator
 from crab.model.crab_model import CrabModel
 from crab_platform.identity import digest, sha256_file
@@ -47,9 +47,10 @@ def adapter_digest(folder: Path) -> str:
 def language_model_of(folder: Path) -> str:
     """Where the language model of an exported adapter lies.
 
-    Raises ValueError when the one at hand is not the one that the adapter was trained on.
+    Raises ValueError when the one at hand is not the one that the adapter was trained on, or when a file of the adapter
+    is damaged (DamagedExportError).
     """
-    record = read_record(folder)
+    record = verify_model(folder)
     lineage = record["lineage"]
     tiny = lineage["preset"] == "tiny" and not lineage["llm_given"]
     # The tiny preset lies in the repository, which may have moved since.

@@ -31,9 +31,11 @@ _ROWS = {
     "gathered": "gathered, at most",
     "buffers": "gradient buffers",
     "together": "together",
+    "host": "offloaded to the host",
     "activations": "activations, about",
     "activations_checkpointed": "with checkpointing",
 }
+_ACTIVATIONS = ("activations", "activations_checkpointed")
 
 
 def memory_of(spec: TrainSpec) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def memory_of(spec: TrainSpec) -> dict[str, Any]:
         )
     return {
         "zero_stage": spec.workers.zero_stage,
+        "offload": spec.workers.offload,
+        "activation_checkpointing": spec.workers.activation_checkpointing,
         "dtype": spec.optimisation.dtype,
         "device": "GPU" if spec.workers.gpu else "CPU",
         "trained": sum(p.numel for p in parameters if p.is_trained),
@@ -76,16 +80,22 @@ def show_memory(memory: Mapping[str, Any]) -> None:
     columns = memory["by_workers"]
     stage = f"ZeRO-{memory['zero_stage']}" if memory["zero_stage"] else "no ZeRO"
     total = memory["trained"] + memory["frozen"]
-    rows = [
-        (title, *(size(column[name]) if column[name] is not None else "-" for column in columns))
+    in_force = "activations_checkpointed" if memory["activation_checkpointing"] else "activations"
+    rows = {
+        name: (
+            title + (", as set" if name == in_force else ""),
+            *(size(column[name]) if column[name] is not None else "-" for column in columns),
+        )
         for name, title in _ROWS.items()
-    ]
+        if name != "host" or memory["offload"] != "none"
+    }
     samples = ("samples at a time", *(str(column["micro_batch"] or "-") for column in columns))
     table(
         f"memory of each {memory['device']} worker ({stage}, {memory['dtype']}; {memory['trained']:,} of {total:,} "
         "weights are trained)",
         ("workers", *(str(column["workers"]) for column in columns)),
-        [*rows[:7], samples, *rows[7:]],
+        [row for name, row in rows.items() if name not in _ACTIVATIONS]
+        + [samples, *(rows[name] for name in _ACTIVATIONS)],
     )
     line(
         f"activations: of the language model, if every sample has all {memory['length']:,} positions of "
@@ -119,6 +129,7 @@ def _of_worker(
             use_gpu=spec.workers.gpu,
             micro_batches=spec.workers.micro_batches,
             zero_stage=spec.workers.zero_stage,
+            offload=spec.workers.offload,
             dtype=spec.optimisation.dtype,
         )
     )
@@ -127,14 +138,14 @@ def _of_worker(
     micro_batch = samples if samples and not left else None
     return {
         "workers": count,
-        **_bytes(states),
+        **_bytes(states, spec.workers.gpu),
         "micro_batch": micro_batch,
         "activations": _activations(spec, model, micro_batch, checkpointing=False),
         "activations_checkpointed": _activations(spec, model, micro_batch, checkpointing=True),
     }
 
 
-def _bytes(states: WorkerMemory) -> dict[str, int]:
+def _bytes(states: WorkerMemory, on_gpu: bool) -> dict[str, int]:
     return {
         "frozen": states.frozen,
         "trained": states.trained,
@@ -142,7 +153,9 @@ def _bytes(states: WorkerMemory) -> dict[str, int]:
         "optimizer": states.optimizer,
         "gathered": states.gathered,
         "buffers": states.buffers,
-        "together": states.total,
+        # Without a GPU the host's memory is the worker's.
+        "together": states.total + (0 if on_gpu else states.host),
+        "host": states.host,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 
 from crab import train as schedule
+from crab.adapter import health, record_routing
 from crab.model.artifact import save_model
 from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.llm import load_tokenizer
+from crab.model.recompute import recompute_activations
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
 from jobs.data import Dataset, load_dataset, samples_digest
@@ -143,6 +146,9 @@ class CrabRecipe:
         self._spec, self._adapter, self._lineage = spec, adapter, dict(lineage)
         self._tokenizer = load_tokenizer(config.llm.path)
         self._crab = build_model(config, self._tokenizer)
+        if spec.workers.activation_checkpointing:
+            recompute_activations(self._crab)
+        self._has_routers = health.has_choice(self._crab)
         self.model: torch.nn.Module = self._crab
         self.num_steps = spec.optimisation.steps
         self._collate = Collator(config, self._tokenizer, self._crab.table)
@@ -199,7 +205,13 @@ class CrabRecipe:
                 "tensors": batch,
                 "tasks": [item.sample.task for item in items],
                 "normalizers": (normalizer, mask_normalizer),
+                "looks": self._looks(step),
             }
+
+    def _looks(self, step: int) -> bool:
+        """Whether the routers are looked at in this step; the same on every rank."""
+        every = self._spec.workers.health_every
+        return self._has_routers and every > 0 and (step + 1) % every == 0
 
     def _indices(self, step: int) -> list[int]:
         """The global batch of a step, as `optimisation.sampling` says."""
@@ -218,8 +230,10 @@ class CrabRecipe:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         device = self._crab.new_embedding.rows.device
         tensors = {name: tensor.to(device) for name, tensor in batch["tensors"].items()}
-        output = model(tensors, *batch["normalizers"])
-        sums: dict[str, torch.Tensor] = {}
+        # Left before backward, which runs forward again with activation checkpointing.
+        with record_routing(self._crab) if batch["looks"] else nullcontext({}) as gates:
+            output = model(tensors, *batch["normalizers"])
+        sums = health.sums(gates, tensors.get("attention_mask")) if gates else {}
         for task in self._tasks:
             chosen = torch.tensor([name == task for name in batch["tasks"]], device=device)
             sums[f"nats/{task}"] = (output["sample_loss"] * chosen).sum()
@@ -228,8 +242,8 @@ class CrabRecipe:
             sums[f"mask_frames/{task}"] = (output["sample_mask_frames"] * chosen).sum()
         return output["loss"], sums
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        found = health.metrics(sums)
         for task in self._tasks:
             if tokens := sums[f"tokens/{task}"]:
                 found[f"loss/{task}"] = sums[f"nats/{task}"] / tokens

@@ -23,7 +23,9 @@ from pydantic import (
 from crab.encoders.config import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
 from crab.tasks import TASKS
+from crab_platform import offload
 from crab_platform.identity import digest
+from crab_platform.offload import Offload
 from jobs.spec_base import Place as Place
 from jobs.spec_base import Record as Record
 from jobs.spec_base import absolute_sqlite
@@ -214,10 +216,22 @@ class Workers(Record):
     gpu: bool = False
     micro_batches: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 2, 3] = 3
+    offload: Offload = "none"
+    """What lies in the host's memory instead of the GPU's: Adam's state (ZeRO-2 and 3), or all weights as well (3)."""
+    activation_checkpointing: bool = False
+    """Backward computes each layer of the language model again: less memory, a third more work, the same bits."""
+    health_every: int = Field(default=10, ge=0)
+    """Every so many steps the metrics say how the adapter's routers use their heads; 0 for never."""
     checkpoint_every: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=-1)
     changed_data: Literal["refuse", "continue"] = "refuse"
     """What is done where a checkpoint of this run has learnt from other samples or features than there are now."""
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> Workers:
+        if objection := offload.objection(self.offload, self.zero_stage):
+            raise ValueError(objection)
+        return self
 
 
 class TrainSpec(Job):

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crab.adapter.health import Alarm
 from crab.evaluate import get_task
+from crab.model.artifact import verify_model
 from crab.model.initial import DIGEST as INITIAL_DIGEST
 from crab_platform import ray_cluster, tracking
 from crab_platform.catalog import Manifest
@@ -42,7 +44,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     identity = digest(learner | {"manifest": manifest.digest, "samples": samples})
     finished = read_result(spec.folder)
     if finished is not None and finished.get("identity") == identity:
-        if Path(finished["adapter"]).is_dir():
+        try:
+            verify_model(finished["adapter"])
+        except (FileNotFoundError, ValueError) as error:
+            line(f"{spec.name}: trained already, but {error}")
+        else:
             line(f"{spec.name}: trained already, nothing to do. Adapter: {finished['adapter']}")
             return finished
     _check_answers(chosen.items)
@@ -59,6 +65,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         micro_batches=spec.workers.micro_batches,
         micro_batch_size=micro_batch_size(spec),
         zero_stage=spec.workers.zero_stage,
+        offload=spec.workers.offload,
         dtype=spec.optimisation.dtype,
         max_grad_norm=spec.optimisation.max_grad_norm,
         weight_decay=spec.optimisation.weight_decay,
@@ -67,6 +74,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         changed_data=spec.workers.changed_data,
     )
     losses: list[float] = []
+    alarm = Alarm()
     with (
         tracking.start_run(
             spec.tracking.uri,
@@ -85,6 +93,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
         def on_metrics(metrics: dict[str, float]) -> None:
             step = int(metrics["step"])
+            if (warning := alarm.look(metrics)) is not None:
+                line(f"{spec.name}: step {step}: {warning}")
+                run_.tag("router_alarm", f"step {step}: {warning}")
+            if "router/entropy" in metrics:
+                metrics["router/alarm"] = float(alarm.raised)
             with (folder / STEPS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             run_.metrics({name: v for name, v in metrics.items() if name != "step"}, step)

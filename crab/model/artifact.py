@@ -1,9 +1,11 @@
 """What training leaves behind: a folder that PEFT can read, and the rest of the trained weights.
 
-    crab.json               config, ids of the added tokens, lineage (whatever the job wants to
-    keep) adapter/                PEFT's own files, for PeftModel.from_pretrained
+    crab.json               config, ids of the added tokens, lineage (whatever the job wants to keep)
+    adapter/                PEFT's own files, for PeftModel.from_pretrained, and lineage.json once more: this folder
+                            alone is what people pass on
     trained.safetensors     projectors, mask decoder and rows of the added tokens
     tokenizer/              the tokenizer with Crab's tokens
+    digests.json            SHA-256 of all of these; written last, checked before anything is loaded
 
 The frozen LLM is not in it; crab.json says where it was. A folder appears whole (written under
 another name, read back and compared, then renamed) or not at all.
@@ -22,14 +24,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from crab.model.artifact_files import (
+    DamagedExportError,
+    check_digests,
+    check_weights,
+    write_digests,
+)
 from crab.model.build import build_model
 from crab.model.config import CrabConfig
 from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
 
-FORMAT = 2
-"""2: a mask decoder may be among the weights, and the tokens that the answers hold are ordinary ones."""
+FORMAT = 3
+"""2: a mask decoder may be among the weights, and the tokens that the answers hold are ordinary ones.
+3: digests.json."""
 RECORD = "crab.json"
+LINEAGE = "adapter/lineage.json"
 WEIGHTS = "trained.safetensors"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 _LLM = "llm."
@@ -90,17 +100,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder, or it is not one of ours.
+        DamagedExportError: a file is absent or not what training wrote, or a tensor is empty or not finite.
         ValueError: another format, other token ids, or weights that do not fit.
     """
     source = Path(folder)
-    if not (source / RECORD).is_file():
-        raise FileNotFoundError(f"{source} has no {RECORD}; give a folder that training exported")
-    record = json.loads((source / RECORD).read_text())
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"{source} has format {record['format']}, this version reads {FORMAT}; train the adapter again, "
-            "or load it with the version that made it"
-        )
+    record = _checked_record(source)
     # Its first values have long been trained away: the folder that they came from need not be there any more.
     config = CrabConfig.model_validate(record["config"] | {"initial": None})
     if llm_path is not None:
@@ -110,11 +114,47 @@ def load_model(
     model = build_model(config, tokenizer)
     if model.table.id_of != record["tokens"]:
         raise ValueError(f"{source}: the tokenizer gives Crab's tokens other ids than in training")
-    state = load_file(source / WEIGHTS)
+    state = _weights(source / WEIGHTS)
     if isinstance(model.llm, PeftModel):
         state |= _load_adapter(model.llm, source)
     model.load_trainable(state)
     return model.eval(), tokenizer
+
+
+def verify_model(folder: str | Path) -> dict[str, Any]:
+    """Checks a saved folder without building a model: every file by its digest, every tensor for elements and numbers.
+
+    Returns what crab.json says. Raises as `load_model`; which language model it needs is not looked at.
+    """
+    source = Path(folder)
+    record = _checked_record(source)
+    _weights(source / WEIGHTS)
+    if (source / ADAPTER_WEIGHTS).is_file():
+        _weights(source / ADAPTER_WEIGHTS)
+    return record
+
+
+def _checked_record(source: Path) -> dict[str, Any]:
+    if not (source / RECORD).is_file():
+        raise FileNotFoundError(f"{source} has no {RECORD}; give a folder that training exported")
+    try:
+        record = dict(json.loads((source / RECORD).read_bytes()))
+    except ValueError as error:
+        check_digests(source)  # says so better
+        raise DamagedExportError(f"{source / RECORD} is damaged: {error}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{source} has format {record.get('format')}, this version reads {FORMAT}; train the adapter again, "
+            "or load it with the version that made it"
+        )
+    check_digests(source)
+    return record
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    tensors = load_file(file)
+    check_weights(file, tensors)
+    return tensors
 
 
 def _write(
@@ -155,13 +195,17 @@ def _write(
         "lineage": dict(lineage),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    if isinstance(model.llm, PeftModel):
+        (folder / LINEAGE).write_text(json.dumps(dict(lineage), indent=2, allow_nan=False) + "\n")
+    write_digests(folder)
+    verify_model(folder)
 
 
 def _load_adapter(llm: PeftModel, source: Path) -> dict[str, Tensor]:
     """The adapter's tensors under the names that they have in CrabModel; checked by name and
     shape.
     """
-    saved = load_file(source / ADAPTER_WEIGHTS)
+    saved = _weights(source / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     wrong = sorted(saved.keys() ^ expected.keys()) or [
         name for name in saved if saved[name].shape != expected[name].shape

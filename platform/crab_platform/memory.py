@@ -13,8 +13,8 @@ Nothing here counts what CUDA, NCCL and the allocator need for themselves, nor c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 # DeepSpeed 0.19's own, where a configuration does not say (runtime/zero/config.py).
@@ -52,9 +52,12 @@ class WorkerMemory:
     """Weights of the other workers' shards that are here for the moment, at most."""
     buffers: int
     """What gradients are collected in on their way to the other workers."""
+    host: int = 0
+    """What offload put into the host's memory; in none of the others."""
 
     @property
     def total(self) -> int:
+        """Of the worker's device."""
         return (
             self.frozen
             + self.trained
@@ -95,16 +98,21 @@ def worker_memory(
         on_gpu: there an empty buffer takes memory; on a CPU only what has been written does.
 
     Raises:
-        ValueError: offloading, or ZeRO stage 1, for which nothing was measured; or no worker.
+        ValueError: ZeRO stage 1, or offloading to anything but the host's memory, for which nothing was measured; or no
+            worker.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     zero = settings["zero_optimization"]
     stage = int(zero["stage"])
-    offloads = [name for name in ("offload_param", "offload_optimizer") if zero.get(name)]
-    if stage not in (0, 2, 3) or offloads:
-        what = f"zero stage {stage}" if stage not in (0, 2, 3) else " and ".join(offloads)
-        raise ValueError(f"memory is known for zero stages 0, 2 and 3 in one place, not for {what}")
+    offloads = {part: zero.get(f"offload_{part}") for part in ("param", "optimizer")}
+    offloads = {part: where["device"] for part, where in offloads.items() if where}
+    known = {0: set(), 2: {"optimizer"}, 3: {"optimizer", "param"}}
+    if stage not in known or not offloads.keys() <= known[stage] or {*offloads.values()} - {"cpu"}:
+        raise ValueError(
+            "memory is known for zero stages 0, 2 (with offload_optimizer to cpu or without) and 3 (with offload_param "
+            f"as well), not for stage {stage} with offload of {offloads or 'nothing'}"
+        )
     is_bf16 = bool(settings["bf16"]["enabled"])
     sizes = [(p.numel, 2 if is_bf16 else p.itemsize, p.is_trained) for p in parameters]
     frozen = [(numel, itemsize) for numel, itemsize, is_trained in sizes if not is_trained]
@@ -116,15 +124,40 @@ def worker_memory(
         bucket = min(bucket, num_trained)  # flattened when they are sent, or never written
     if stage == 3:
         shard = sum(-(-numel // workers) for numel, _ in trained)
-        return WorkerMemory(
+        states = WorkerMemory(
             frozen=_sharded(frozen, zero, workers),
             trained=_sharded(trained, zero, workers),
             gradients=shard * widest,
             optimizer=shard * (_MASTER + _MOMENTS),
-            gathered=_gathered(frozen + trained, zero, workers),
+            gathered=_gathered(frozen + trained, zero) if workers > 1 else 0,
             buffers=bucket * widest,
         )
+        if "optimizer" in offloads:
+            # There are gradients as they came and in float32.
+            host = states.gradients + states.optimizer + shard * _MASTER
+            states = replace(states, gradients=0, optimizer=0, host=host)
+        if "param" in offloads:
+            states = replace(
+                states,
+                frozen=_whole_copies(frozen, zero),
+                trained=_whole_copies(trained, zero),
+                gathered=_gathered(frozen + trained, zero),
+                host=states.host + _shards(frozen, workers) + _shards(trained, workers),
+            )
+        return states
     shard = -(-num_trained // workers) if stage == 2 else num_trained
+    if "optimizer" in offloads:
+        largest = max((numel for numel, _ in trained), default=0)
+        return WorkerMemory(
+            frozen=_whole(frozen),
+            trained=_whole(trained),
+            gradients=0,
+            optimizer=0,
+            gathered=0,
+            # One parameter's gradient goes through two more places on its way to the host, here and there.
+            buffers=bucket * widest * (2 if zero.get("overlap_comm") else 1) + largest * widest,
+            host=shard * (_MASTER + _MOMENTS + _MASTER + widest) + largest * widest,
+        )
     # Without ZeRO a float32 weight is its own master.
     has_master = stage == 2 or is_bf16
     twice = 2 if stage == 2 and zero.get("overlap_comm") else 1
@@ -176,21 +209,25 @@ def _whole(sizes: Iterable[tuple[int, int]]) -> int:
     return sum(numel * itemsize for numel, itemsize in sizes)
 
 
-def _sharded(sizes: Iterable[tuple[int, int]], zero: Mapping[str, Any], workers: int) -> int:
+def _shards(sizes: Iterable[tuple[int, int]], workers: int) -> int:
+    return sum(-(-numel // workers) * itemsize for numel, itemsize in sizes)
+
+
+def _sharded(sizes: Sequence[tuple[int, int]], zero: Mapping[str, Any], workers: int) -> int:
     """Shards of all, and whole copies of those that ZeRO-3 does not let go of once it has gathered them."""
+    # Of one worker the shard is the whole.
+    return _shards(sizes, workers) + (_whole_copies(sizes, zero) if workers > 1 else 0)
+
+
+def _whole_copies(sizes: Iterable[tuple[int, int]], zero: Mapping[str, Any]) -> int:
     threshold = int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
-    total = 0
-    for numel, itemsize in sizes:
-        total += -(-numel // workers) * itemsize
-        if workers > 1 and numel <= threshold:  # of one worker the shard is the whole
-            total += numel * itemsize
-    return total
+    return _whole((numel, itemsize) for numel, itemsize in sizes if numel <= threshold)
 
 
-def _gathered(sizes: Iterable[tuple[int, int]], zero: Mapping[str, Any], workers: int) -> int:
+def _gathered(sizes: Iterable[tuple[int, int]], zero: Mapping[str, Any]) -> int:
     threshold = int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
     passing = [(numel, itemsize) for numel, itemsize in sizes if numel > threshold]
-    if workers == 1 or not passing:
+    if not passing:
         return 0
     ahead = int(zero.get("stage3_max_live_parameters", _MAX_LIVE))
     kept = int(zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)) // 2

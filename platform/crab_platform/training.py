@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from crab_platform import checkpoint
+from crab_platform import checkpoint, nccl_watch
 from crab_platform.hang import watched
 from crab_platform.notice import Stopped, rung_by_sigterm
 from crab_platform.storage import open_store
@@ -69,6 +69,7 @@ def train(
         _forwarded(on_metrics) as reports,
         rung_by_sigterm() as bell,
         watched(store, config.hang_timeout_s) as board,
+        nccl_watch.observed(use_gpu=config.use_gpu, hang_timeout_s=config.hang_timeout_s),
     ):
         loop: Any = work  # types know V1, whose loop returns nothing
         trainer = TorchTrainer(

@@ -8,6 +8,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from crab_platform import offload
+from crab_platform.offload import Offload
+
 
 class Recipe(Protocol):
     """What a worker trains. Built once per worker process, after the process group is up."""
@@ -34,12 +37,14 @@ class Recipe(Protocol):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(share of this batch in the loss of the global step, sums to be added over ranks and micro batches).
 
-        Added up over all micro batches of all ranks, the losses give the loss of the step.
+        Added up over all micro batches of all ranks, the losses give the loss of the step. Sums may have any shape; in
+        one step all ranks and micro batches give the same names and shapes.
         """
         ...
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of a step from the sums of `loss`, added over all micro batches and ranks."""
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of a step from the sums of `loss`, added over all micro batches and ranks: floats, or float64 tensors
+        on the CPU where they were no scalars. `tokens` and `supervised_tokens` (numbers of a step) become rates too."""
         ...
 
     def seed(self, step: int, micro: int, rank: int) -> int:
@@ -69,6 +74,10 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples a rank in a micro batch. DeepSpeed only wants to know it for its own throughput figures."""
     zero_stage: Literal[0, 2, 3] = 3
+    offload: Offload = "none"
+    """What lies in the host's memory instead of the GPU's. Without a GPU that is the same memory."""
+    whole_below: int = 1_000_000
+    """ZeRO-3 keeps parameters of at most so many elements whole on every worker."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -96,6 +105,10 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.whole_below < 0:
+            raise ValueError(f"whole_below must be at least 0, got {self.whole_below}")
+        if objection := offload.objection(self.offload, self.zero_stage):
+            raise ValueError(objection)
 
     @property
     def run(self) -> str:
@@ -116,11 +129,12 @@ def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
     }
     if config.zero_stage == 3:
         zero |= {
-            "stage3_param_persistence_threshold": 1_000_000,
+            "stage3_param_persistence_threshold": config.whole_below,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+    zero |= offload.zero_settings(config.offload, use_gpu=config.use_gpu)
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.micro_batches,

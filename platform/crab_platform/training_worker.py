@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from crab_platform import checkpoint, engine_state
+from crab_platform import checkpoint, engine_state, throughput
 from crab_platform.checkpoint import CheckpointMismatchError, DataChangedError, Marker
 from crab_platform.checkpoint_writer import CheckpointWriter
 from crab_platform.guards import Gate, Guard, SkippedTooOftenError
@@ -107,11 +108,17 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
             started = time.perf_counter()
             for group in engine.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
-            metrics = _train_step(
+            metrics, worst = _train_step(
                 engine, recipe, config, step, rank, world_size, gate, guard, pulse
             )
             step += 1
-            metrics |= {"step": float(step), "seconds_per_step": time.perf_counter() - started}
+            metrics["step"] = float(step)
+            metrics |= throughput.rates(
+                metrics,
+                seconds=time.perf_counter() - started,
+                samples=config.micro_batch_size * parts,
+                **worst,
+            )
             last = step == recipe.num_steps
             # Before the checkpoint, and waiting until it is there: a step that is not done again was seen.
             if rank == 0 and reports is not None and (step % config.log_every == 0 or last):
@@ -172,9 +179,10 @@ def _train_step(
     gate: Gate,
     guard: Guard,
     pulse: Pulse,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the step, and what the worst rank waited and held (see throughput.rates)."""
     engine.train()
-    names: list[str] = []
+    shapes: dict[str, torch.Size] = {}
     totals: torch.Tensor | None = None
     num_batches = 0
     judged: dict[str, float] = {}
@@ -185,22 +193,29 @@ def _train_step(
         return guard.objection(judged) is None
 
     pulse.did("data", step + 1)
-    for micro, batch in enumerate(recipe.micro_batches(step, rank, world_size)):
+    waited = throughput.Waited()
+    # Where every rank writes what it alone knows: added up with the sums, they are all there, in one reduction.
+    of_ranks = torch.zeros(2, world_size, dtype=torch.float64)
+    batches = waited.through(recipe.micro_batches(step, rank, world_size))
+    for micro, batch in enumerate(batches):
         pulse.did("train", step + 1)
         torch.manual_seed(recipe.seed(step, micro, rank))
         loss, sums = recipe.loss(engine, batch)
         # DeepSpeed divides by the number of micro batches and averages over ranks; our losses are shares of a sum.
         engine.backward(loss * (world_size * config.micro_batches))
         values = sums | {"loss": loss.detach()}
-        names = sorted(values)
-        stacked = torch.stack([values[name].detach().double().cpu() for name in names])
-        totals = stacked if totals is None else totals + stacked
+        shapes = {name: values[name].shape for name in sorted(values)}
+        flat = torch.cat([values[name].detach().double().cpu().flatten() for name in shapes])
+        totals = flat if totals is None else totals + flat
         num_batches = micro + 1
         if num_batches == config.micro_batches:  # the engine updates now: judge what all ranks see
-            on_device = totals.to(engine.device)
+            of_ranks[0, rank] = waited.seconds
+            of_ranks[1, rank] = throughput.peak_memory_bytes(engine.device)
+            on_device = torch.cat([of_ranks.flatten(), totals]).to(engine.device)
             torch.distributed.all_reduce(on_device)
-            totals = on_device.cpu()
-            judged["loss"] = totals[names.index("loss")].item()
+            told, totals = on_device.cpu().split([of_ranks.numel(), len(totals)])
+            of_ranks = told.view_as(of_ranks)
+            judged["loss"] = _unpacked(totals, shapes)["loss"]
             gate.arm(may_update)
         engine.step()
         pulse.did("train", step + 1)
@@ -210,7 +225,7 @@ def _train_step(
             f"the recipe gave {num_batches} micro batches for step {step} on rank {rank} of {world_size}, expected "
             f"micro_batches={config.micro_batches}: DeepSpeed would take its optimizer step at another place"
         )
-    sums_of_step = dict(zip(names, totals.tolist(), strict=True))
+    sums_of_step = _unpacked(totals, shapes)
     metrics = recipe.metrics(sums_of_step) | {"loss": sums_of_step["loss"]}
     metrics["learning_rate"] = recipe.learning_rate(step)
     norm = engine.get_global_grad_norm()
@@ -224,4 +239,14 @@ def _train_step(
             _LOG.warning("step %d is skipped: %s", step + 1, objection)
     guard.note(step + 1, judged, objection)
     metrics["skipped_steps"] = float(guard.skipped_steps)
-    return metrics
+    waited_s, peak_bytes = of_ranks.max(dim=1).values.tolist()
+    return metrics, {"waited_s": waited_s, "peak_bytes": peak_bytes}
+
+
+def _unpacked(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """Scalars as floats, others as tensors of their shapes, from all in one row."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {
+        name: part.view(shape) if shape else part.item()
+        for part, (name, shape) in zip(parts, shapes.items(), strict=True)
+    }

@@ -47,6 +47,14 @@ CASES: dict[str, dict[str, Any]] = {
         "stage3_max_live_parameters": 5000,
         "stage3_max_reuse_distance": 200_000,
     },
+    "zero3-optimizer": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer"},
+    "zero3-all": {
+        "stage": 3,
+        "dtype": "bfloat16",
+        "offload": "all",
+        "stage3_param_persistence_threshold": 2000,
+    },
+    "zero2-optimizer": {"stage": 2, "dtype": "bfloat16", "offload": "optimizer"},
     "zero2-bf16": {"stage": 2, "dtype": "bfloat16"},
     "zero0": {"stage": 0, "dtype": "float32"},
     "zero0-bf16": {"stage": 0, "dtype": "bfloat16"},
@@ -61,6 +69,7 @@ def settings_of(name: str) -> dict[str, Any]:
         storage_path="nowhere",
         zero_stage=changes.pop("stage"),
         dtype=changes.pop("dtype"),
+        offload=changes.pop("offload", "none"),
     )
     settings = deepspeed_config(config)
     settings["zero_optimization"] |= {"reduce_bucket_size": 50_000} | changes
@@ -124,14 +133,20 @@ def held(name: str, rank: int) -> dict[str, int]:
     if engine.zero_optimization_stage() != 3:
         return found
     zero = engine.optimizer
+    state = [t for s in zero.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    states = sum(t.nbytes for t in [*zero.fp32_partitioned_groups_flat, *state])
+    gradients = zero.grad_partitions_flat_buffer.nbytes
+    if zero.offload_optimizer:
+        found["host"] = states + gradients
+        found["host"] += sum(flat.grad.nbytes for flat in zero.fp32_partitioned_groups_flat)
+        if zero.offload_param:
+            found["host"] += sum(p.ds_tensor.nbytes for p in model.parameters())
+        return found
     for part, is_trained in (("frozen", False), ("trained", True)):
         of_part = [p for p in model.parameters() if p.requires_grad is is_trained]
         found[part] = sum(p.ds_tensor.numel() * p.element_size() for p in of_part)
         found[part] += sum(p.numel() * p.element_size() for p in of_part if p.ds_persist)
-    state = [t for s in zero.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
-    found["optimizer"] = sum(t.nbytes for t in [*zero.fp32_partitioned_groups_flat, *state])
-    found["gradients"] = zero.grad_partitions_flat_buffer.nbytes
-    return found
+    return found | {"optimizer": states, "gradients": gradients}
 
 
 def rank_of_engines(out: Path) -> None:
@@ -186,11 +201,13 @@ def test_an_engine_holds_what_is_estimated(name: str, engines: dict[str, dict[st
     model, _ = tiny_model()
     # on_gpu: the size of buffers is counted here, not how much of them was ever written.
     want = worker_memory(parameters_of(model), settings_of(name), RANKS, on_gpu=True)
-    resident = want.frozen + want.trained + want.optimizer
+    resident = want.frozen + want.trained + want.optimizer + want.host
     if CASES[name]["stage"] == 3:
         resident += want.gradients + want.buffers  # elsewhere they are gone after a step
-        for part in ("frozen", "trained", "optimizer", "gradients"):
+    for part in ("frozen", "trained", "optimizer", "gradients", "host"):
+        if part in got:
             assert got[part] == pytest.approx(getattr(want, part), rel=TOLERANCE), part
+    assert ("host" in got) == (want.host > 0 and CASES[name]["stage"] == 3)
     assert got["all"] == pytest.approx(resident, rel=TOLERANCE)
     assert got["gathered"] <= want.gathered
 
@@ -218,6 +235,20 @@ def test_one_worker_holds_everything_once() -> None:
     assert got.total == 2180
 
 
+def test_one_worker_that_offloads_gathers_what_it_needs() -> None:
+    settings = settings_of("zero3-all")
+    parameters = [
+        Parameter(numel=5000, is_trained=False),
+        Parameter(numel=10, is_trained=False),
+        Parameter(numel=100, is_trained=True),
+    ]
+    got = worker_memory(parameters, settings, 1, on_gpu=True)
+    assert (got.frozen, got.trained) == (20, 200)  # whole copies of small ones
+    assert got.gathered == 2 * 5000
+    assert (got.gradients, got.optimizer) == (0, 0)
+    assert got.host == 2 * 5110 + 100 * (4 + 8 + 4 + 2)
+
+
 def test_deepspeeds_own_estimate_of_a_model_that_is_trained_whole() -> None:
     """It reckons 18 bytes a weight (float32 gradients as well); we count 16, as its engine has."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -237,8 +268,12 @@ def test_deepspeeds_own_estimate_of_a_model_that_is_trained_whole() -> None:
 
 def test_what_was_not_measured_is_not_estimated() -> None:
     settings = settings_of("zero3-bf16")
-    settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    with pytest.raises(ValueError, match="offload_optimizer"):
+    settings["zero_optimization"]["offload_optimizer"] = {"device": "nvme"}
+    with pytest.raises(ValueError, match=r"offload of .*nvme"):
+        worker_memory([], settings, 2, on_gpu=True)
+    settings = settings_of("zero2-bf16")
+    settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    with pytest.raises(ValueError, match=r"stage 2 with offload of .*param"):
         worker_memory([], settings, 2, on_gpu=True)
     with pytest.raises(ValueError, match="workers"):
         worker_memory([], settings_of("zero3-bf16"), 0, on_gpu=True)

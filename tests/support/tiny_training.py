@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,21 @@ from support import crash_points
 from tiny_crab import config, example, mask_example, plain_llm, tokenizer
 
 from crab import train as schedule
+from crab.adapter import health, record_routing
 from crab.model.artifact import save_model
 from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.config import CrabConfig, LlmConfig
 from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
-from crab_platform import guards, notice
+from crab.model.recompute import recompute_activations
+from crab_platform import engine_state, guards, notice
 from crab_platform.checkpoint_writer import CheckpointWriter
 from crab_platform.training import TrainingConfig, TrainingResult, train
 
 NUM_SAMPLES = 16
+TEXT = tuple(range(20, 60))
+"""Token ids of the plain language model."""
 GLOBAL_BATCH = 4
 BEGAN = "began"
 """File with the first step (0-based) of every start of the workers, a line each."""
@@ -78,6 +82,16 @@ class Plan:
     """Planted bug: a checkpoint is written before training goes on."""
     without_gate: bool = False
     """Planted bug: every update is applied, whatever the guard says."""
+    recomputes: bool = False
+    """Activation checkpointing."""
+    watches_routers: bool = False
+    """Sums of how the routers use their heads are added to those of the loss, in every step."""
+    data_s: float = 0.0
+    """So long the last rank waits for each of its batches."""
+    keeps_text_logits: bool = False
+    """After the last step every rank keeps what the engine says to TEXT in text-RANK.pt."""
+    without_gathering: bool = False
+    """Planted bug: what is exported is what each parameter holds on rank 0, sharded or not."""
     data: str = "the same"
     """Digest of the samples, as far as checkpoints go."""
     forgets: Literal["dropout", "data", "schedule", "part"] | None = None
@@ -113,6 +127,8 @@ class TinyRecipe:
         settings = crab_config(plan)
         self.tokenizer = load_tokenizer(plan.llm)
         self.model: CrabModel = build_model(settings, self.tokenizer)
+        if plan.recomputes:
+            recompute_activations(self.model)
         self._collate = Collator(settings, self.tokenizer, self.model.table)
         self._own_count = itertools.count()
         self._began = False
@@ -140,6 +156,10 @@ class TinyRecipe:
             guards.Guard.objection = lambda _self, _values: None  # type: ignore[method-assign]
         if plan.is_deaf:
             notice.Notice.news = lambda _self: "none"  # type: ignore[method-assign]
+        if plan.without_gathering:
+            engine_state.gather_weights = lambda engine, _rank: {
+                n: p.detach().cpu().clone() for n, p in engine_state.trained(engine.module).items()
+            }
         if plan.crashes:
             crash_points.plant(self._out, plan.crashes)
         with (self._out / "pids").open("a") as file:
@@ -170,6 +190,8 @@ class TinyRecipe:
         crash_points.resumed(self._out, step)
         for part in schedule.micro_batches(mine, GLOBAL_BATCH // self.plan.parts):
             bad = step in self.plan.nan_at and rank == world_size - 1
+            if rank == world_size - 1:
+                time.sleep(self.plan.data_s)
             tensors = self._collate([self._examples[i] for i in part])
             if bad and self.plan.nan_in == "features":
                 tensors |= {n: self._spoilt(tensors[n]) for n in ("video", "audio") if n in tensors}
@@ -181,11 +203,14 @@ class TinyRecipe:
                 "probed": step == self.plan.steps - 1 and rank == 0,
             }
             self._fault(step, rank, world_size)
+        if self.plan.keeps_text_logits and step == self.plan.steps - 1:
+            self._keep_text_logits(rank)
 
     def loss(
         self, model: torch.nn.Module, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with recorded_logits(self.model) as logits:
+        watch = record_routing(self.model) if self.plan.watches_routers else nullcontext({})
+        with recorded_logits(self.model) as logits, watch as gates:
             output = model(batch["tensors"], *batch["normalizers"])
         if batch["bad"] and self.plan.nan_in == "gradient":
             output["loss"].register_hook(self._spoilt)
@@ -198,10 +223,11 @@ class TinyRecipe:
             "tokens": output["sample_tokens"].sum(),
             "mask_frames": output["sample_mask_frames"].sum(),
             "mask_loss": output["sample_mask_loss"].sum(),
-        }
+        } | (health.sums(gates, batch["tensors"]["attention_mask"]) if gates else {})
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {name: sums[name] for name in ("samples", "tokens", "mask_frames", "mask_loss")}
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        found = {name: sums[name] for name in ("samples", "tokens", "mask_frames", "mask_loss")}
+        return found | (health.metrics(sums) if self.plan.watches_routers else {})
 
     def seed(self, step: int, micro: int, rank: int) -> int:
         if self.plan.forgets == "dropout":
@@ -215,6 +241,14 @@ class TinyRecipe:
         folder = self._out / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
         save_model(self.model, self.tokenizer, folder, state=state, lineage={"step": step})
+
+    def _keep_text_logits(self, rank: int) -> None:
+        """All ranks are here, the update of the last step is done: ZeRO-3 gathers each layer as in training."""
+        self.model.llm.eval()
+        with torch.no_grad():
+            logits = self.model.llm(input_ids=torch.tensor([TEXT])).logits
+        self.model.llm.train()
+        torch.save(logits, self._out / f"text-{rank}.pt")
 
     def _spoilt(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * (math.inf if self.plan.infinite else math.nan)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from crab.model.artifact import load_model, save_model
+from crab.model.artifact_files import write_digests
 from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.config import AdapterConfig, CrabConfig, LlmConfig, tiny
@@ -183,6 +184,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     record = json.loads((folder / "crab.json").read_text())
     record["config"]["adapter"]["num_heads"] = 2
     (folder / "crab.json").write_text(json.dumps(record))
+    write_digests(folder)
     with pytest.raises(ValueError, match="does not fit the adapter"):
         load_model(folder)
     with pytest.raises(FileNotFoundError, match=r"crab\.json"):

@@ -14,7 +14,7 @@ from crab.model.build import build_model
 from crab.model.config import AdapterConfig, CrabConfig, LlmConfig
 from crab.model.meta import decoder_sizes, meta_model
 from jobs.plan import plan_spec
-from jobs.plan_memory import memory_of
+from jobs.plan_memory import memory_of, show_memory
 from jobs.spec import TrainSpec, parse_spec
 
 FROZEN, TRAINED = 6_738_415_616, 154_174_480
@@ -111,6 +111,31 @@ def test_what_a_spec_sets_is_counted(tmp_path: Path) -> None:
     assert 3 in columns
     assert {column["frozen"] for column in columns.values()} == {2 * FROZEN}
     assert {column["gathered"] for column in columns.values()} == {0}
+
+
+def test_offload_and_checkpointing_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def column(**workers: Any) -> dict[str, Any]:
+        spec = train_spec(tmp_path, {"preset": "paper"}, workers={"count": 2, **workers})
+        show_memory(memory_of(spec))
+        return by_workers(memory_of(spec))[2]
+
+    here, optimizer, both = (column(gpu=True, offload=o) for o in ("none", "optimizer", "all"))
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert said.count("offloaded to the host") == 2
+    assert "activations, about, as set" in said
+    assert here["host"] == 0
+    saved = here["gradients"] + here["optimizer"]
+    assert optimizer["together"] == here["together"] - saved
+    assert optimizer["host"] > saved
+    assert both["frozen"] < here["frozen"] / 100  # what is kept whole, and nothing else
+    assert both["host"] > optimizer["host"] + 2 * FROZEN / 2
+    on_cpu = column(gpu=False)["together"]
+    assert column(gpu=False, offload="all")["together"] >= on_cpu  # one memory: nothing is saved
+    capsys.readouterr()
+    column(activation_checkpointing=True)
+    assert "with checkpointing, as set" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("method", ["interaction_lora", "lora", "none"])

@@ -44,7 +44,7 @@ def test_every_spec_shipped_is_valid(path: Path) -> None:
     [
         ("optimisation.step=3", "optimisation.step: unknown key; did you mean 'steps'"),
         ("optimization.steps=3", "did you mean 'optimisation'"),
-        ("workers.zzz=1", "known here: changed_data, checkpoint_every, count"),
+        ("workers.zzz=1", "known here: activation_checkpointing, changed_data, checkpoint_every"),
         ("optimisation.steps=0", "greater than or equal to 1"),
         ("job=tain", "job: is 'tain'; expected one of synth, preprocess, train"),
         ("job=", "job: is 'None'; expected one of synth"),
