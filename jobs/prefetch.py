@@ -108,9 +108,8 @@ class Prefetch(Generic[Part, Made]):
         if self._line is None or self._next != step:
             self._start(step)
         assert self._line is not None
-        self._next = (
-            None  # until the step is through: whoever stops in the middle gets a new thread
-        )
+        # Until the step is through: whoever stops in the middle gets a new thread.
+        self._next = None
         is_last = False
         while not is_last:
             item = self._line.get()

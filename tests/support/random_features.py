@@ -26,8 +26,6 @@ from jobs.presets import crab_model_config
 from jobs.recipe import CrabRecipe
 from jobs.spec import DataSource, Model, TrainSpec, parse_spec
 
-GRID = 4
-"""Encoder tokens of a frame stand on a square of so many."""
 TASKS = ("ave", "avqa", "s4")
 
 
@@ -48,6 +46,7 @@ def write_job(
     cache_url: str,
     *,
     count: int = 24,
+    grid: int = 4,
     features: FeatureCache | None = None,
     workers: dict[str, Any] | None = None,
     **optimisation: Any,
@@ -55,6 +54,7 @@ def write_job(
     """Writes `count` samples into `folder` and their features into a cache.
 
     Args:
+        grid: a frame has so many encoder tokens squared.
         features: a cache that opens `cache_url` with settings of its own.
         workers, optimisation: what is set in these parts of the spec.
     """  # fmt: skip
@@ -67,7 +67,7 @@ def write_job(
     keys = [_key(number, stream) for number, (_, stream) in enumerate(named)]
     entries = cache.commit(
         [
-            new_entry(key, _arrays(number, stream))
+            new_entry(key, _arrays(number, stream, grid))
             for number, ((_, stream), key) in enumerate(zip(named, keys, strict=True))
         ]
     )
@@ -137,12 +137,12 @@ def _key(number: int, stream: str) -> FeatureKey:
     )
 
 
-def _arrays(number: int, stream: str) -> dict[str, np.ndarray]:
+def _arrays(number: int, stream: str, grid: int) -> dict[str, np.ndarray]:
     config = crab_model_config(Model(preset="tiny"))
     random = np.random.default_rng(number)
     draw = partial(random.standard_normal, dtype=np.float32)
     if stream == "audio":
         shape = (1 + number % 10, 8, config.audio.feature_size)
         return {config.audio.layer: draw(shape)}
-    shape = (1 + number % 10, GRID * GRID, config.video.feature_size)
+    shape = (1 + number % 10, grid * grid, config.video.feature_size)
     return {f"layer_{layer}": draw(shape) for layer in TINY_SELECT_LAYERS}
