@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from crab.model.build import build_model
 from crab.model.collate import Collator
 from crab.model.llm import load_tokenizer
 from crab.model.recompute import recompute_activations
+from crab.model.sequences import num_tokens
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
 from jobs.data import Dataset, load_dataset, samples_digest
 from jobs.features import FeatureReader, Item, usable
+from jobs.prefetch import Prefetch
 from jobs.presets import crab_model_config
 from jobs.spec import SpecError, TrainSpec
 
@@ -135,6 +139,34 @@ def parts_of_equal_work(
     return [slice(start, end) for start, end in zip(starts, reversed(ends), strict=True)]
 
 
+def parts_of_equal_sum(works: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Numbers of the samples in each of `num_parts` parts, none empty, whose sums of `works` are nearly alike.
+
+    The largest first, each to the part that has least: the largest part has at most a third more than it must
+    (R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969). Raises ValueError for more parts than samples.
+    """
+    if not 1 <= num_parts <= len(works):
+        raise ValueError(f"{len(works)} samples do not make {num_parts} parts")
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0, part) for part in range(num_parts)]
+    for index in sorted(range(len(works)), key=lambda index: (-works[index], index)):
+        load, part = loads[0]
+        parts[part].append(index)
+        heapq.heapreplace(loads, (load + works[index], part))
+    return [sorted(part) for part in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What one micro batch is made of."""
+
+    items: list[Item]
+    normalizers: tuple[float, float]
+    """Supervised tokens and drawn frames of the global batch, so that the losses of its parts add up."""
+    looks: bool
+    """Whether the routers are looked at."""
+
+
 class CrabRecipe:
     """Crab as `crab_platform.training` runs it: model, batches and losses of every step."""
 
@@ -164,6 +196,9 @@ class CrabRecipe:
         ]
         self._task_of = [sample.task for sample in samples]
         self._tasks = sorted(set(self._task_of))
+        self._packs = spec.optimisation.batches == "packed"
+        self._prefetch: Prefetch[_Part, dict[str, Any]] | None = None
+        self._place: tuple[int, int] | None = None
 
     def _length(self, item: Item, target_tokens: int, manifest: Manifest) -> int:
         """Positions of a sample in the language model, without the few of the prompt's template."""
@@ -188,24 +223,63 @@ class CrabRecipe:
         )
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+        if self._prefetch is None or self._place != (rank, world_size):
+            self.close()
+            self._place = (rank, world_size)
+            self._prefetch = Prefetch(
+                partial(self._parts, rank=rank, world_size=world_size),
+                self._batches,
+                num_steps=self.num_steps,
+                ahead=self._spec.workers.prefetch,
+            )
+        return self._prefetch.step(step)
+
+    def close(self) -> None:
+        """Ends the thread that makes batches ahead. It ends by itself after the last step, or with the process."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+
+    def _parts(self, step: int, rank: int, world_size: int) -> list[_Part]:
+        """This rank's parts of the global batch: all of equal work, as ranks wait for each other in each."""
         indices = self._indices(step)
-        # Of the global batch, so that the losses of its parts add up.
-        normalizer = float(sum(self._target_tokens[index] for index in indices))
-        mask_normalizer = float(sum(self._mask_frames[index] for index in indices))
-        # Ranks wait for each other in every micro batch: each part is about as much work as any other.
+        normalizers = (
+            float(sum(self._target_tokens[index] for index in indices)),
+            float(sum(self._mask_frames[index] for index in indices)),
+        )
         indices.sort(key=lambda index: self._lengths[index])
         lengths = [self._lengths[index] for index in indices]
         extras = [_SAMPLE_WORK + _MASK_FRAME_WORK * self._mask_frames[index] for index in indices]
         num_parts = world_size * self._spec.workers.micro_batches
-        parts = parts_of_equal_work(lengths, extras, num_parts)
-        for part in parts[rank::world_size]:
-            items = [self._items[index] for index in indices[part]]
-            batch = self._collate(self._reader.examples(items))
+        if self._packs:
+            works = [length + extra for length, extra in zip(lengths, extras, strict=True)]
+            parts = [[indices[n] for n in part] for part in parts_of_equal_sum(works, num_parts)]
+        else:
+            parts = [indices[part] for part in parts_of_equal_work(lengths, extras, num_parts)]
+        return [
+            _Part(
+                items=[self._items[index] for index in part],
+                normalizers=normalizers,
+                looks=self._looks(step),
+            )
+            for part in parts[rank::world_size]
+        ]
+
+    def _batches(self, parts: Sequence[_Part]) -> Iterator[dict[str, Any]]:
+        """The batches of several parts, whose features are read at once."""
+        examples = iter(self._reader.examples([item for part in parts for item in part.items]))
+        for part in parts:
+            tensors = self._collate(
+                list(itertools.islice(examples, len(part.items))), pack=self._packs
+            )
             yield {
-                "tensors": batch,
-                "tasks": [item.sample.task for item in items],
-                "normalizers": (normalizer, mask_normalizer),
-                "looks": self._looks(step),
+                "tensors": tensors,
+                "tasks": [item.sample.task for item in part.items],
+                "normalizers": part.normalizers,
+                "counts": {
+                    "tokens": num_tokens(tensors),
+                    "positions": tensors["input_ids"].numel(),
+                },
+                "looks": part.looks,
             }
 
     def _looks(self, step: int) -> bool:
@@ -234,6 +308,7 @@ class CrabRecipe:
         with record_routing(self._crab) if batch["looks"] else nullcontext({}) as gates:
             output = model(tensors, *batch["normalizers"])
         sums = health.sums(gates, tensors.get("attention_mask")) if gates else {}
+        sums |= {name: torch.tensor(count) for name, count in batch["counts"].items()}
         for task in self._tasks:
             chosen = torch.tensor([name == task for name in batch["tasks"]], device=device)
             sums[f"nats/{task}"] = (output["sample_loss"] * chosen).sum()
@@ -243,7 +318,8 @@ class CrabRecipe:
         return output["loss"], sums
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
-        found = health.metrics(sums)
+        found = health.metrics(sums) | {name: sums[name] for name in ("tokens", "positions")}
+        found["padding_share"] = 1 - sums["tokens"] / sums["positions"]
         for task in self._tasks:
             if tokens := sums[f"tokens/{task}"]:
                 found[f"loss/{task}"] = sums[f"nats/{task}"] / tokens

@@ -206,6 +206,10 @@ class Optimisation(Record):
     sampling: Literal["proportional", "balanced"] | dict[str, TaskWeight] = "proportional"
     """Which samples a step takes: each as often as any other, each task as often as any other, or tasks by weight
     (a task that is not named has weight 1)."""
+    batches: Literal["packed", "padded"] = "packed"
+    """How samples stand in a micro batch: one after the other without padding, or each in a row that is padded to the
+    longest. Both learn the same but for rounding and dropout; `padded` is for language models that cannot keep packed
+    samples apart."""
 
 
 class Workers(Record):
@@ -224,6 +228,8 @@ class Workers(Record):
     """Every so many steps the metrics say how the adapter's routers use their heads; 0 for never."""
     checkpoint_every: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=-1)
+    prefetch: int = Field(default=2, ge=0)
+    """So many micro batches are read and made ready ahead of time, by a thread in each worker; 0: no thread."""
     changed_data: Literal["refuse", "continue"] = "refuse"
     """What is done where a checkpoint of this run has learnt from other samples or features than there are now."""
 

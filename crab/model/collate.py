@@ -2,7 +2,7 @@
 
 `<video>` stands in the prompt once and becomes frames x queries copies of its id here, so that the
 model can put all features of a batch in place with one masked_scatter. Sequences are padded on the
-left, as generation needs. Nothing is ever cut: a sample that is too long is refused by name,
+left, as generation needs, or packed into one row. Nothing is ever cut: a sample that is too long is refused by name,
 because a cut answer would train the model to stop early.
 
 Legend: N samples, L longest sequence, Mv frames and Ma segments of the whole batch, P encoder
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from crab.model.drawing import drawing, frames_to_draw, join_drawings
 from crab.model.example import Batch, Example, checked_layer
 from crab.model.prompt import prompt_text, target_text, user_text
+from crab.model.sequences import IGNORED, packed, padded
 from crab.tasks import TASKS
 from crab.tasks.mask_answer import NUM_MASK_TOKENS
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from crab.samples import Sample
 
 __all__ = ["IGNORED", "Batch", "Collator", "Example"]
-
-IGNORED = -100
 
 
 class Collator:
@@ -50,7 +49,9 @@ class Collator:
         self.eos_id = int(tokenizer.eos_token_id)
         self.pad_id = int(self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
-    def __call__(self, examples: Sequence[Example], *, with_target: bool = True) -> Batch:
+    def __call__(
+        self, examples: Sequence[Example], *, with_target: bool = True, pack: bool = False
+    ) -> Batch:
         """Batch of int64 input_ids, attention_mask, position_ids (and labels, -100 outside the
         target), each [N, L]; video [Mv, P, D] and audio [Ma, P, D] where some sample has them, with
         video_mask / audio_mask [M, P] (bool) where samples differ in P (MUSIC-AVQA's 2 s segments
@@ -59,12 +60,17 @@ class Collator:
         the labels, row by row), mask_sample [F], mask_target uint8 [F, S, S] (0 and 1, or classes),
         mask_semantic [F] (bool: its target holds classes).
 
+        With `pack` all samples stand in one row without padding: [1, L] each, `lengths` [N] in place of attention_mask
+        (sequences.py). To be learnt from, not to be continued.
+
         Raises:
             ValueError: no examples, a sample too long, features missing or of the wrong shape;
                 names the sample.
         """
         if not examples:
             raise ValueError("a batch needs at least one example, got none")
+        if pack and not with_target:
+            raise ValueError("prompts to be continued are padded, not packed: leave out pack")
         rows, starts = [], []
         frames: list[np.ndarray] = []
         segments: list[np.ndarray] = []
@@ -89,7 +95,10 @@ class Collator:
                 found = drawing(example, self.config, index, num_groups)
                 drawings += [] if found is None else [found]
                 num_groups += target.count(self.table.drawn_ids[0])
-        batch = self._sequences(rows, starts if with_target else None)
+        if pack:
+            batch = packed(rows, starts)
+        else:
+            batch = padded(rows, starts if with_target else None, self.pad_id)
         batch |= _stack("video", frames)
         batch |= _stack("audio", segments)
         if drawings:
@@ -168,25 +177,6 @@ class Collator:
                 f"{NUM_MASK_TOKENS}, <mask_0> first"
             )
         return [*ids, self.eos_id]
-
-    def _sequences(self, rows: list[list[int]], starts: list[int] | None) -> Batch:
-        longest = max(map(len, rows))
-        input_ids = torch.full((len(rows), longest), self.pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for index, row in enumerate(rows):
-            offset = longest - len(row)
-            input_ids[index, offset:] = torch.tensor(row)
-            attention_mask[index, offset:] = 1
-            if starts is not None:
-                start = starts[index]
-                labels[index, offset + start :] = torch.tensor(row[start:])
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        }
-        return batch if starts is None else batch | {"labels": labels}
 
 
 def _stack(name: str, arrays: list[np.ndarray]) -> Batch:

@@ -29,7 +29,9 @@ from crab.model.collate import IGNORED, Batch
 from crab.model.config import CrabConfig
 from crab.model.mask_decoder import MaskDecoder
 from crab.model.mask_loss import mask_loss
+from crab.model.packed import packed_hidden_states
 from crab.model.projector import Projector
+from crab.model.sequences import num_samples, ranks_within_samples, sample_numbers
 from crab.model.tokens import NewEmbedding, NewHead, TokenTable
 from crab.tasks.mask_answer import NUM_MASK_TOKENS
 
@@ -118,8 +120,10 @@ class CrabModel(nn.Module):
         # At least float32: sums over a vocabulary are not safe in bfloat16.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         token_loss = F.cross_entropy(logits, targets, reduction="none")
-        sample_index = supervised.nonzero()[:, 0]
-        sample_tokens = supervised.sum(1)
+        sample_index = sample_numbers(batch)[:, 1:][supervised]
+        sample_tokens = sample_index.new_zeros(num_samples(batch)).index_add(
+            0, sample_index, torch.ones_like(sample_index)
+        )
         sample_loss = token_loss.new_zeros(len(sample_tokens)).index_add(
             0, sample_index, token_loss
         )
@@ -166,8 +170,12 @@ class CrabModel(nn.Module):
 
     def hidden_states(self, embeds: Tensor, batch: Batch, **cache: Any) -> Tensor:
         """Last hidden states [N, L, W]. `cache` goes to the decoder (past_key_values,
-        use_cache).
+        use_cache). Of a packed batch [1, L, W], each sample as if it were alone.
         """
+        if "lengths" in batch:
+            return packed_hidden_states(
+                self.base, self.decoder, embeds, batch["position_ids"], batch["lengths"]
+            )
         output = self.decoder(
             inputs_embeds=embeds,
             attention_mask=batch["attention_mask"],
@@ -311,13 +319,15 @@ class CrabModel(nn.Module):
         vectors: Tensor = projector(features, batch.get(f"{stream}_mask"))
         source = vectors.flatten(0, 1)
         if self.time_embedding is not None:
-            source = source + self.time_embedding(self._times(where, projector.num_queries, stream))
+            source = source + self.time_embedding(
+                self._times(where, projector.num_queries, batch, stream)
+            )
         source = source.to(embeds.dtype)
         return embeds.masked_scatter(where.unsqueeze(-1), source)
 
-    def _times(self, where: Tensor, num_queries: int, stream: str) -> Tensor:
-        """Number of the frame or segment within its row, for each placeholder in the order of `where` [N, L]."""
-        times = ((where.cumsum(1) - 1) // num_queries)[where]
+    def _times(self, where: Tensor, num_queries: int, batch: Batch, stream: str) -> Tensor:
+        """Number of the frame or segment within its sample, for each placeholder in the order of `where` [N, L]."""
+        times = (ranks_within_samples(where, batch) // num_queries)[where]
         if times.numel() and int(times.max()) >= self.config.time_positions:
             raise ValueError(
                 f"{stream}: a sample has {int(times.max()) + 1} frames or segments, time_positions is "

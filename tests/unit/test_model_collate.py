@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from crab.model.collate import Collator, Example
 from crab.model.config import PromptConfig
 from crab.model.llm import train_tokenizer
+from crab.model.sequences import packed
 from crab.model.tokens import NEW_TOKENS, NewEmbedding, TokenTable, add_new_tokens
 
 LLAMA_2_STYLE = (
@@ -153,6 +154,27 @@ def test_padding_is_left_and_positions_start_at_the_first_token(
         length = int(mask.sum())
         assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
         assert position[-length:].tolist() == list(range(length))
+
+
+def test_packed_samples_are_the_single_ones_one_after_the_other(
+    words: PreTrainedTokenizerFast,
+) -> None:
+    collate = collator(words)
+    examples = [tiny_crab.example(0, num_frames=1), tiny_crab.example(2), tiny_crab.example(1)]
+    singles, padded = [collate([example]) for example in examples], collate(examples)
+    batch = collate(examples, pack=True)
+    assert batch.keys() == padded.keys() - {"attention_mask"} | {"lengths"}
+    assert batch["lengths"].tolist() == [single["input_ids"].shape[1] for single in singles]
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(batch[name], torch.cat([single[name] for single in singles], dim=1))
+    for name in ("video", "audio"):
+        assert torch.equal(batch[name], padded[name])
+
+
+def test_an_answer_without_a_prompt_is_not_packed() -> None:
+    """What stands before its first token is another sample, which must not learn to predict it."""
+    with pytest.raises(ValueError, match="sample 1 of the batch is supervised at its first token"):
+        packed([[1, 2], [3, 4]], [1, 0])
 
 
 def test_generation_starts_from_the_prompt_of_training(words: PreTrainedTokenizerFast) -> None:

@@ -53,6 +53,8 @@ def test_every_spec_shipped_is_valid(path: Path) -> None:
         ("optimisation.sampling=evenly", "optimisation.sampling"),
         ("optimisation.sampling={s4: 0}", "greater than 0"),
         ("optimisation.sampling={s5: 1}", "weighs s5, which is not among tasks: ave"),
+        ("optimisation.batches=flat", "'packed' or 'padded'"),
+        ("workers.prefetch=-1", "workers.prefetch"),
         ("data.d.sample=3", "data.d.sample: unknown key; did you mean 'samples'"),
         ("data.e.samples=3", "no e in the list; it holds d"),
         ("workers=3", "workers"),
@@ -130,6 +132,9 @@ def test_placement_is_not_identity() -> None:
     assert identity() != identity(
         optimisation={"steps": 2, "batch_size": 4, "sampling": "balanced"}
     )
+    padded = {"steps": 2, "batch_size": 4, "batches": "padded"}
+    assert identity() != identity(optimisation=padded)
+    assert identity() == identity(workers={"prefetch": 0})
     assert identity() != identity(tasks=["ave"])
     assert identity() != identity(model={"set": {"adapter": {"num_heads": 2}}})
 
