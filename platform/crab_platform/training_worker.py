@@ -107,9 +107,7 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
             started = time.perf_counter()
             for group in engine.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
-            metrics = _train_step(
-                engine, recipe, config, step, rank, world_size, gate, guard, pulse
-            )
+            metrics = train_step(engine, recipe, config, step, rank, world_size, gate, guard, pulse)
             step += 1
             metrics |= {"step": float(step), "seconds_per_step": time.perf_counter() - started}
             last = step == recipe.num_steps
@@ -162,7 +160,7 @@ def _found(
     return name
 
 
-def _train_step(
+def train_step(
     engine: Any,
     recipe: Recipe,
     config: TrainingConfig,
