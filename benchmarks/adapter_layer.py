@@ -181,9 +181,9 @@ def grad(tensor: Tensor) -> Tensor:
 
 
 def worst_relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Largest difference of a tensor over the largest value that was wanted in it, worst of all pairs."""
+    """Largest difference of a tensor over the largest value that was wanted in it, the worst; NaN if any is."""
     pairs = zip(got, want, strict=True)
-    return max(((g - w).abs().max() / w.abs().max()).item() for g, w in pairs)
+    return torch.stack([(g - w).abs().max() / w.abs().max() for g, w in pairs]).max().item()
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor], *known: Tensor) -> int:

@@ -56,6 +56,7 @@ class Rank:
         from crab_platform import engine_state
         from crab_platform.guards import Gate, Guard
         from crab_platform.hang import Pulse
+        from crab_platform.training_worker import init_distributed
 
         self.config = training_config("")
         settings = deepspeed_config(self.config)
@@ -63,7 +64,7 @@ class Rank:
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        init_distributed(use_gpu=False)
         self.rank = torch.distributed.get_rank()
         self.recipe = Recipe(plan)
         if state is not None:

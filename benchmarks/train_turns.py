@@ -6,6 +6,7 @@ same time, and only one of them computes: a slow moment of the machine touches a
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import time
@@ -154,8 +155,9 @@ def ratio(ours: Contender, theirs: Contender, last: range) -> float:
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
-    """Largest difference of losses of the same step."""
-    return max(abs(a - b) for a, b in zip(one, other, strict=False))
+    """Largest difference of losses of the same step, as far as both have come; NaN where one is."""
+    differences = [abs(a - b) for a, b in zip(one, other, strict=False)]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def show(contenders: Sequence[Contender], last: range) -> None:

@@ -58,7 +58,7 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
     debugging: Any = torch.utils.deterministic
     debugging.fill_uninitialized_memory = False
     settings = deepspeed_config(config)
-    deepspeed.init_distributed(dist_backend="nccl" if config.use_gpu else "gloo", verbose=False)
+    init_distributed(use_gpu=config.use_gpu)
     # Alive until the model is built: from_pretrained then shards frozen weights as it reads them, so that no rank
     # ever holds the whole model.
     sharding: Any = HfDeepSpeedConfig
@@ -131,6 +131,18 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
             recipe.export(trained, step)
     torch.distributed.barrier()
     return metrics
+
+
+def init_distributed(*, use_gpu: bool) -> None:
+    """The process group, for torch and DeepSpeed, of what the launcher has put into the environment.
+
+    On CPUs DeepSpeed would first compile an all-reduce in shared memory, for inference; nothing in training calls it. A
+    worker that is killed while it compiles leaves a lock, for which all later ones of the machine wait without an end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
 
 
 def _found(
