@@ -59,7 +59,7 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
     debugging: Any = torch.utils.deterministic
     debugging.fill_uninitialized_memory = False
     settings = deepspeed_config(config)
-    deepspeed.init_distributed(dist_backend="nccl" if config.use_gpu else "gloo", verbose=False)
+    init_distributed(use_gpu=config.use_gpu)
     # Alive until the model is built: from_pretrained then shards frozen weights as it reads them, so that no rank
     # ever holds the whole model.
     sharding: Any = HfDeepSpeedConfig
@@ -108,7 +108,7 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
             started = time.perf_counter()
             for group in engine.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
-            metrics, worst = _train_step(
+            metrics, worst = train_step(
                 engine, recipe, config, step, rank, world_size, gate, guard, pulse
             )
             step += 1
@@ -142,6 +142,18 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
     return metrics
 
 
+def init_distributed(*, use_gpu: bool) -> None:
+    """The process group, for torch and DeepSpeed, of what the launcher has put into the environment.
+
+    On CPUs DeepSpeed would first compile an all-reduce in shared memory, for inference; nothing in training calls it. A
+    worker that is killed while it compiles leaves a lock, for which all later ones of the machine wait without an end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
+
+
 def _found(
     store: Store, layout: dict[str, Any], data: str, config: TrainingConfig, rank: int
 ) -> str | None:
@@ -169,7 +181,7 @@ def _found(
     return name
 
 
-def _train_step(
+def train_step(
     engine: Any,
     recipe: Recipe,
     config: TrainingConfig,
