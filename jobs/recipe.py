@@ -249,7 +249,8 @@ class CrabRecipe:
         indices.sort(key=lambda index: self._lengths[index])
         lengths = [self._lengths[index] for index in indices]
         extras = [_SAMPLE_WORK + _MASK_FRAME_WORK * self._mask_frames[index] for index in indices]
-        num_parts = world_size * self._spec.workers.micro_batches
+        # Not of the workers that there are: they may be fewer than the spec's, and learn the same.
+        num_parts = self._spec.workers.count * self._spec.workers.micro_batches
         if self._packs:
             works = [length + extra for length, extra in zip(lengths, extras, strict=True)]
             parts = [[indices[n] for n in part] for part in parts_of_equal_sum(works, num_parts)]
@@ -331,7 +332,8 @@ class CrabRecipe:
 
     def seed(self, step: int, micro: int, rank: int) -> int:
         # The number of its part: the same on one rank and on many.
-        part = micro * self._spec.workers.count + rank
+        assert self._place is not None  # of micro_batches, which this is one of
+        part = micro * self._place[1] + rank
         return schedule.step_seed(self._spec.optimisation.seed, step, part)
 
     def export(self, state: Mapping[str, torch.Tensor], step: int) -> None:

@@ -23,7 +23,7 @@ from pydantic import (
 from crab.encoders.config import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
 from crab.tasks import TASKS
-from crab_platform import offload
+from crab_platform import elastic, offload
 from crab_platform.identity import digest
 from crab_platform.offload import Offload
 from jobs.spec_base import Place as Place
@@ -216,6 +216,9 @@ class Workers(Record):
     """How training is placed."""
 
     count: int = Field(default=2, ge=1)
+    min_count: int | None = Field(default=None, ge=1)
+    """So few workers will do where the cluster has no room for `count`; each then takes more micro batches, and what is
+    learnt stays the same. Without it, a run waits for room."""
     cpus: float = Field(default=1, gt=0)
     gpu: bool = False
     micro_batches: int = Field(default=1, ge=1)
@@ -236,6 +239,12 @@ class Workers(Record):
     @model_validator(mode="after")
     def _can_offload(self) -> Workers:
         if objection := offload.objection(self.offload, self.zero_stage):
+            raise ValueError(objection)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_fewer(self) -> Workers:
+        if objection := elastic.objection(self.min_count, self.count, self.micro_batches):
             raise ValueError(objection)
         return self
 

@@ -60,6 +60,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         name="ray",
         storage_path=str(folder),
         num_workers=spec.workers.count,
+        min_workers=spec.workers.min_count,
         cpus_per_worker=spec.workers.cpus,
         use_gpu=spec.workers.gpu,
         micro_batches=spec.workers.micro_batches,

@@ -83,7 +83,9 @@ def train(
             },
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers,
+                num_workers=config.num_workers
+                if config.min_workers is None
+                else (config.min_workers, config.num_workers),
                 use_gpu=config.use_gpu,
                 resources_per_worker={"CPU": config.cpus_per_worker}
                 | ({"GPU": 1} if config.use_gpu else {}),

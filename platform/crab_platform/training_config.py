@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
-from crab_platform import offload
+from crab_platform import elastic, offload
 from crab_platform.offload import Offload
 
 
@@ -68,6 +68,8 @@ class TrainingConfig:
     storage_path: str
     """Folder or bucket URL that every worker reaches; the run's checkpoints lie in storage_path/name."""
     num_workers: int = 2
+    min_workers: int | None = None
+    """So few will do where there is no room for `num_workers` (elastic.py)."""
     cpus_per_worker: float = 1
     use_gpu: bool = False
     micro_batches: int = 1
@@ -107,8 +109,21 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.whole_below < 0:
             raise ValueError(f"whole_below must be at least 0, got {self.whole_below}")
-        if objection := offload.objection(self.offload, self.zero_stage):
-            raise ValueError(objection)
+        for objection in (
+            offload.objection(self.offload, self.zero_stage),
+            elastic.objection(self.min_workers, self.num_workers, self.micro_batches),
+        ):
+            if objection is not None:
+                raise ValueError(objection)
+
+    def with_workers(self, count: int) -> TrainingConfig:
+        """The same run by `count` workers: each takes as many more parts of a batch as they are fewer."""
+        parts, left = divmod(self.num_workers * self.micro_batches, count)
+        if left:
+            raise ValueError(
+                f"{count} workers cannot share {self.num_workers * self.micro_batches} parts evenly"
+            )
+        return replace(self, num_workers=count, micro_batches=parts, min_workers=None)
 
     @property
     def run(self) -> str:

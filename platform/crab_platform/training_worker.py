@@ -48,10 +48,11 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
     import ray.train
     from transformers.integrations import HfDeepSpeedConfig
 
-    config: TrainingConfig = loop_config["config"]
     reports = loop_config["reports"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    wanted: TrainingConfig = loop_config["config"]
+    config = wanted.with_workers(world_size)
     # A resumed run must repeat the one that was not stopped. Where CUDA has only a kernel that does not repeat itself
     # (attention that is not flash), it says so and goes on.
     torch.use_deterministic_algorithms(True, warn_only=config.use_gpu)

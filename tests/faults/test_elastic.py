@@ -69,6 +69,15 @@ def test_another_number_of_workers_learns_the_same(
     assert difference <= TOLERANCE
 
 
+def test_a_run_starts_with_the_workers_that_there_is_room_for(llm: str, tmp_path: Path) -> None:
+    """Two workers of three CPUs have no room where there are five: one starts, and learns the same."""
+    unchanged = alone(plan_of(llm, tmp_path / "alone")).metrics
+    plan = plan_of(llm, tmp_path / "fewer")
+    fewer = run(plan, num_workers=2, min_workers=1, micro_batches=2, cpus_per_worker=3)
+    assert len((tmp_path / "fewer" / "pids").read_text().split()) == 1
+    assert worst(fewer.metrics, unchanged) <= TOLERANCE
+
+
 def test_dropout_by_rank_is_noticed(llm: str, tmp_path: Path) -> None:
     """Teeth: with dropout drawn by rank (planted) the losses are not those of one worker."""
     planted = replace(plan_of(llm, tmp_path / "alone"), forgets="part")

@@ -46,6 +46,7 @@ def test_every_spec_shipped_is_valid(path: Path) -> None:
         ("optimization.steps=3", "did you mean 'optimisation'"),
         ("workers.zzz=1", "known here: activation_checkpointing, changed_data, checkpoint_every"),
         ("optimisation.steps=0", "greater than or equal to 1"),
+        ("workers.min_count=3", "at least 3 workers are more than at most 2"),
         ("job=tain", "job: is 'tain'; expected one of synth, preprocess, train"),
         ("job=", "job: is 'None'; expected one of synth"),
         ("tasks=[ave, avqqa]", "tasks: 'avqqa' is no task; known are ave"),
@@ -197,3 +198,13 @@ def test_an_evaluation_takes_one_split() -> None:
             }
         )
     assert EvaluateSpec.model_fields["split"].default == "test"
+
+
+def test_fewer_workers_must_share_the_parts_of_a_batch_evenly() -> None:
+    workers = {"count": 4, "min_count": 2, "micro_batches": 1}
+    with pytest.raises(
+        SpecError, match="4 parts of a batch, which 3 workers cannot .* take micro_batches: 3"
+    ):
+        parse_spec(TRAIN | {"workers": workers})
+    parse_spec(TRAIN | {"workers": workers | {"micro_batches": 3}})
+    parse_spec(TRAIN | {"workers": {"count": 2, "min_count": 1}})
