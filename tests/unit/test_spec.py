@@ -203,7 +203,7 @@ def test_an_evaluation_takes_one_split() -> None:
 def test_fewer_workers_must_share_the_parts_of_a_batch_evenly() -> None:
     workers = {"count": 4, "min_count": 2, "micro_batches": 1}
     with pytest.raises(
-        SpecError, match="4 parts of a batch, which 3 workers cannot .* take micro_batches: 3"
+        SpecError, match=r"4 parts of a batch, which 3 workers cannot .* take micro_batches: 3"
     ):
         parse_spec(TRAIN | {"workers": workers})
     parse_spec(TRAIN | {"workers": workers | {"micro_batches": 3}})
