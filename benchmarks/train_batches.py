@@ -1,18 +1,19 @@
 """Useful tokens a second of forward and backward: our batches, and those that Hugging Face offers.
 
-    python benchmarks/train_batches.py [--repeats 3]
+    python benchmarks/train_batches.py [--samples 24] [--repeats 2]
 
-One thread. 48 samples as multimodal training has them, 16 to 640 visual and 16 to 96 text tokens, of which the second
+One thread. Samples as multimodal training has them, 16 to 640 visual and 16 to 96 text tokens, of which the second
 half of the text is supervised; a Llama of 6 layers of 384 with 32,000 words, PEFT's LoRA on all linear layers. A step
-is all 48 samples, in micro batches of 8. Candidates take turns in every round. *Tokens* are those of the samples, so
+is all samples, in micro batches of 8. Candidates take turns in every round. *Tokens* are those of the samples, so
 padding and unsupervised logits are pure cost; ratios are of CPU seconds within a round.
 
 Hugging Face: DataCollatorForSeq2Seq on samples in random order, and sorted by length; DataCollatorWithFlattening on
 packs of at most 1024 tokens (first fit, longest first), with `use_cache=False` and without attention_mask, as otherwise
 samples see each other. Its model computes logits of all positions. Ours: the batches of a train job.
 
-All have the same weights. Unless losses and gradients agree, no figure is printed and the exit code is 1. Our logits
-leave out the tokens that only prompts hold, so the comparison leaves them out of theirs; the timed steps do not.
+All have the same weights. Unless losses and gradients of the first 8 samples agree, in batches of 4, no figure is
+printed and the exit code is 1. Our logits leave out tokens that only prompts hold, so the comparison leaves them out
+of theirs; the timed steps do not.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from crab.model.sequences import packed, padded
 from crab.model.tokens import GENERATED_TOKENS
 from jobs.recipe import parts_of_equal_sum, parts_of_equal_work
 
-SAMPLES, MICRO_BATCH, PACK = 48, 8, 1024
+MICRO_BATCH, PACK = 8, 1024
+COMPARED = 8
 VOCABULARY, WIDTH, LAYERS = 32_000, 384, 6
 FIRST_WORD = 1_000
 """Below lie the words of the tokenizer and Crab's tokens, which no sample holds."""
@@ -65,10 +67,10 @@ class Sample:
         return [-100] * self.start + self.ids[self.start :]
 
 
-def make_samples() -> list[Sample]:
+def make_samples(count: int) -> list[Sample]:
     random = np.random.default_rng(0)
     samples = []
-    for _ in range(SAMPLES):
+    for _ in range(count):
         visual, text = int(random.integers(16, 641)), int(random.integers(16, 97))
         ids = random.integers(FIRST_WORD, VOCABULARY, visual + text).tolist()
         samples.append(Sample(ids, text // 2))
@@ -99,6 +101,7 @@ def build() -> tuple[CrabModel, object]:
         }
     )
     tokenizer = train_tokenizer(["some words"], vocab_size=300)
+    tokenizer.padding_side = "right"  # transformers' default
     model = build_model(config, tokenizer)
     head = model.base.get_output_embeddings()
     generator = torch.Generator().manual_seed(1)
@@ -145,8 +148,10 @@ def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def candidates(
-    samples: list[Sample], mine: CrabModel, theirs: CrabModel, tokenizer: object
+    samples: list[Sample], micro_batch: int, mine: CrabModel, theirs: CrabModel, tokenizer: object
 ) -> dict[str, Candidate]:
+    """The batches of each candidate for these samples."""
+    count = len(samples)
     lengths = [len(sample.ids) for sample in samples]
     supervised = sum(sample.supervised for sample in samples)
     hidden_words = theirs.new_head.prompt_only_ids
@@ -179,20 +184,20 @@ def candidates(
             batches.append(packed(rows, starts) if pack else padded(rows, starts, 0))
         return Candidate(batches, our_loss, sum(b["input_ids"].numel() for b in batches))
 
-    def eights(order: Sequence[int]) -> list[Sequence[int]]:
-        return [order[i : i + MICRO_BATCH] for i in range(0, SAMPLES, MICRO_BATCH)]
+    def cut(order: Sequence[int]) -> list[Sequence[int]]:
+        return [order[i : i + micro_batch] for i in range(0, count, micro_batch)]
 
     pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    # One mega batch of all samples: with thousands of samples the default groups as well as that, with 48 not at all.
+    # One mega batch of all: with thousands of samples the default groups as well as that, with so few not at all.
     grouped = get_length_grouped_indices(
-        lengths, MICRO_BATCH, SAMPLES // MICRO_BATCH, torch.Generator().manual_seed(0)
+        lengths, micro_batch, count // micro_batch, torch.Generator().manual_seed(0)
     )
-    by_length = sorted(range(SAMPLES), key=lambda index: lengths[index])
-    num_parts = SAMPLES // MICRO_BATCH
+    by_length = sorted(range(count), key=lambda index: lengths[index])
+    num_parts = count // micro_batch
     in_order = [lengths[index] for index in by_length]
     return {
-        "HF padded": hf(eights(range(SAMPLES)), pad),
-        "HF grouped by length": hf(eights(grouped), pad),
+        "HF padded": hf(cut(range(count)), pad),
+        "HF grouped by length": hf(cut(grouped), pad),
         "HF packed": hf(
             first_fit(lengths, PACK),
             DataCollatorWithFlattening(return_tensors="pt"),
@@ -200,7 +205,7 @@ def candidates(
             attention_mask=None,
         ),
         "ours padded": ours(
-            [by_length[part] for part in parts_of_equal_work(in_order, [0] * SAMPLES, num_parts)],
+            [by_length[part] for part in parts_of_equal_work(in_order, [0] * count, num_parts)],
             pack=False,
         ),
         "ours packed": ours(parts_of_equal_sum(lengths, num_parts), pack=True),
@@ -218,10 +223,15 @@ def gradients(model: CrabModel) -> dict[str, Tensor]:
     return found
 
 
-def disagreement(runs: dict[str, Candidate], models: dict[str, CrabModel]) -> tuple[float, float]:
-    """(loss, gradient): largest relative difference from the first candidate; a step each."""
+def disagreement(runs: dict[str, Candidate], models: dict[bool, CrabModel]) -> tuple[float, float]:
+    """(loss, gradient): largest relative difference from the first candidate; a step each.
+
+    Args:
+        models: ours, and theirs.
+    """
     results = {
-        name: (run.step(compared=True), gradients(models[name])) for name, run in runs.items()
+        name: (run.step(compared=True), gradients(models[name.startswith("ours")]))
+        for name, run in runs.items()
     }
     first_loss, first = next(iter(results.values()))
     worst_loss = worst_gradient = 0.0
@@ -235,25 +245,28 @@ def disagreement(runs: dict[str, Candidate], models: dict[str, CrabModel]) -> tu
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=24, help="a multiple of 8")
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     goals = Goals()
-    samples = make_samples()
+    samples = make_samples(args.samples)
     tokens = sum(len(sample.ids) for sample in samples)
     share = sum(sample.supervised for sample in samples) / tokens
     header(
-        f"{SAMPLES} samples, {tokens:,} tokens, {share:.1%} supervised; Llama, {LAYERS} layers of {WIDTH}, LoRA"
+        f"{len(samples)} samples, {tokens:,} tokens, {share:.1%} supervised; "
+        f"Llama, {LAYERS} layers of {WIDTH}, LoRA"
     )
     print(f"{versions('torch', 'peft', 'transformers')}; fp32, one thread, {args.repeats} rounds")
     (mine, tokenizer), (theirs, _) = build(), build()
-    runs = candidates(samples, mine, theirs, tokenizer)
-    models = {name: mine if name.startswith("ours") else theirs for name in runs}
-    loss, gradient = disagreement(runs, models)
+    models = {True: mine, False: theirs}
+    compared = candidates(samples[:COMPARED], COMPARED // 2, mine, theirs, tokenizer)
+    loss, gradient = disagreement(compared, models)
     if not (loss <= TOLERANCE and gradient <= GRADIENT_TOLERANCE):
         goals.broken(f"losses differ by {loss:.1e}, gradients by {gradient:.1e}: no times")
         return 1
+    runs = candidates(samples, MICRO_BATCH, mine, theirs, tokenizer)
     for _ in range(args.repeats):
         for name, run in runs.items():
             gc.collect()
@@ -261,7 +274,7 @@ def main() -> int:
             run.step()
             run.cpu_s.append(time.process_time() - cpu)
             run.wall_s.append(time.perf_counter() - wall)
-            models[name].zero_grad()
+            models[name.startswith("ours")].zero_grad()
 
     def ratio(of: str, to: str) -> float:
         return statistics.median(a / b for a, b in zip(runs[of].cpu_s, runs[to].cpu_s, strict=True))
