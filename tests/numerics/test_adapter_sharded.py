@@ -4,14 +4,12 @@ backward, and its gradients are those of one process that never heard of DeepSpe
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,36 +98,7 @@ def sharded(out: Path) -> None:
 
 
 def test_parameters_released_between_forward_and_backward(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join(p for p in sys.path if p)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "weights.pt")],
-            env={
-                **os.environ,
-                **shared,
-                "PYTHONPATH": path,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        told = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
-
+    run_ranks(__file__, tmp_path / "weights.pt")
     got, want, fresh = (
         torch.load(tmp_path / "weights.pt"),
         alone(),

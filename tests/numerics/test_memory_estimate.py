@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import tiny_crab
 import torch
 from peft import get_peft_model
+from support.ranks import RANKS, run_ranks
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +24,6 @@ from crab.model.crab_model import CrabModel
 from crab_platform.memory import Decoder, Parameter, activation_bytes, worker_memory
 from crab_platform.training_config import TrainingConfig, deepspeed_config
 
-RANKS = 2
 TOLERANCE = 0.01
 """Of all that is held; measured 0.4 %: the model's buffers and a few scalars."""
 CASES: dict[str, dict[str, Any]] = {
@@ -164,33 +161,7 @@ def rank_of_engines(out: Path) -> None:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """What rank 0 of two holds in each case."""
     out = tmp_path_factory.mktemp("engines") / "held.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(RANKS),
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        told = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(told)
+    run_ranks(__file__, out)
     found: dict[str, dict[str, int]] = json.loads(out.read_text())
     return found
 
