@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -209,17 +210,25 @@ def files(folder: Path, name: str) -> dict[str, tuple[int, str]]:
     return checkpoint.read_marker(store, found).files
 
 
+def run_part(part: str, folder: Path, repeats: int) -> None:
+    """Both ranks of a part, to their end. Raises RuntimeError with the end of what they said."""
+    command = torchrun(__file__, "--part", part, "--folder", str(folder), "--repeats", str(repeats))
+    log = folder / f"{part}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment(), stdout=out, stderr=out)
+        try:
+            failed = process.wait(TIMEOUT_S)
+        finally:
+            process.terminate()  # which ends its ranks; nothing when it has ended
+            process.wait()
+    if failed:
+        raise RuntimeError(f"{part} failed:\n{log.read_text(errors='replace')[-4000:]}")
+
+
 def bench(folder: Path, repeats: int, goals: Goals) -> None:
     """Runs both parts, checks, then prints."""
     for part in ("write", "resume"):
-        command = torchrun(
-            __file__, "--part", part, "--folder", str(folder), "--repeats", str(repeats)
-        )
-        ended = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{part} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+        run_part(part, folder, repeats)
     told = json.loads((folder / "write.json").read_text())
     end, resumed = files(folder, "end"), files(folder, "resumed")
     if end != resumed or end == files(folder, f"{OURS}/0"):
@@ -258,6 +267,7 @@ def main() -> int:
     if args.part == "resume":
         resume(args.folder)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks end, too
     goals = Goals()
     header("checkpoints: 8-layer Llama, width 1024, Crab's adapter, ZeRO-3, two processes")
     print(f"{versions('torch', 'deepspeed', 'peft', 'safetensors')}; {args.repeats} repeats")
