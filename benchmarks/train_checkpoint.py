@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from crab_platform.storage import open_store
 
 PLAN = Plan(name="checkpoint", steps=4, width=1024, tokens=64)
 HALF = PLAN.steps // 2
+OURS = "ours"
 LOSS_TOLERANCE = 1e-5
 TIMEOUT_S = 900
 
@@ -58,12 +60,12 @@ def write(folder: Path, repeats: int) -> None:
     for step in range(HALF):
         rank.step(step)
     kept: dict[str, Kept] = {}
-    with CheckpointWriter(open_store(folder / "ours"), keep=1) as writer:
-        for _ in range(repeats):
-            _time(kept, "ours", lambda: _submit(rank, writer, HALF), writer.wait)
-            for name, trained_only in (("default", False), ("without frozen", True)):
-                _time(kept, name, lambda n=name, t=trained_only: _save(rank, folder / n, t))
-        writer.close(TIMEOUT_S)
+    for number in range(repeats):
+        with CheckpointWriter(open_store(folder / OURS / str(number)), keep=1) as writer:
+            _time(kept, OURS, lambda w=writer: _submit(rank, w, HALF), writer.wait)
+            writer.close(TIMEOUT_S)
+        for name, trained_only in (("default", False), ("without frozen", True)):
+            _time(kept, name, lambda n=name, t=trained_only: _save(rank, folder / n, t))
     for name, trained_only in (("default", False), ("without frozen", True)):
         if rank.rank == 0:
             _time(
@@ -76,15 +78,14 @@ def write(folder: Path, repeats: int) -> None:
     state = engine_state.gather_weights(rank.engine, rank.rank)
     loss = _evaluated(rank)
     if rank.rank == 0:
-        names = {name: tensor.nelement() for name, tensor in state.items()}
         _export(state, folder / "adapter")
         for name, ways in kept.items():
-            ways.bytes = _bytes(folder / name)
+            ways.bytes = _bytes(folder / name / "0" if name == OURS else folder / name)
         (folder / "write.json").write_text(
             json.dumps(
                 {
                     "kept": {name: vars(ways) for name, ways in kept.items()},
-                    "elements": sum(names.values()),
+                    "elements": sum(tensor.numel() for tensor in state.values()),
                     "loss": loss,
                 }
             )
@@ -93,7 +94,7 @@ def write(folder: Path, repeats: int) -> None:
 
 def resume(folder: Path) -> None:
     """One rank: goes on from our checkpoint of the first half, in new processes."""
-    store = open_store(folder / "ours")
+    store = open_store(folder / OURS / "0")
     (name,) = checkpoint.names(store)
     marker, state = checkpoint.read(store, name)
     rank = Rank(PLAN, state=state, adam_step=marker.adam_step)
@@ -209,20 +210,28 @@ def files(folder: Path, name: str) -> dict[str, tuple[int, str]]:
     return checkpoint.read_marker(store, found).files
 
 
+def run_part(part: str, folder: Path, repeats: int) -> None:
+    """Both ranks of a part, to their end. Raises RuntimeError with the end of what they said."""
+    command = torchrun(__file__, "--part", part, "--folder", str(folder), "--repeats", str(repeats))
+    log = folder / f"{part}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment(), stdout=out, stderr=out)
+        try:
+            failed = process.wait(TIMEOUT_S)
+        finally:
+            process.terminate()  # which ends its ranks; nothing when it has ended
+            process.wait()
+    if failed:
+        raise RuntimeError(f"{part} failed:\n{log.read_text(errors='replace')[-4000:]}")
+
+
 def bench(folder: Path, repeats: int, goals: Goals) -> None:
     """Runs both parts, checks, then prints."""
     for part in ("write", "resume"):
-        command = torchrun(
-            __file__, "--part", part, "--folder", str(folder), "--repeats", str(repeats)
-        )
-        ended = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{part} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+        run_part(part, folder, repeats)
     told = json.loads((folder / "write.json").read_text())
     end, resumed = files(folder, "end"), files(folder, "resumed")
-    if end != resumed or end == files(folder, "ours"):
+    if end != resumed or end == files(folder, f"{OURS}/0"):
         goals.broken(f"the resumed run ended with {resumed}, the other with {end}: no figures")
         return
     print(
@@ -241,7 +250,7 @@ def bench(folder: Path, repeats: int, goals: Goals) -> None:
             f"{name:32} {ways['bytes'] / 1e6:9.1f} {ways['bytes'] / needed:9.3f} "
             f"{statistics.median(ways['still_s']):9.3f} {statistics.median(ways['written_s']):9.3f}"
         )
-    ours = told["kept"]["ours"]
+    ours = told["kept"][OURS]
     goals.check("our bytes / adapter and optimizer", ours["bytes"] / needed, 1.05, at_most=True)
 
 
@@ -258,6 +267,7 @@ def main() -> int:
     if args.part == "resume":
         resume(args.folder)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks end, too
     goals = Goals()
     header("checkpoints: 8-layer Llama, width 1024, Crab's adapter, ZeRO-3, two processes")
     print(f"{versions('torch', 'deepspeed', 'peft', 'safetensors')}; {args.repeats} repeats")

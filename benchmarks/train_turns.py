@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 _KEY = b"turns"
-_START_S = 300.0
+_START_S = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
