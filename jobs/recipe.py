@@ -6,7 +6,7 @@ import heapq
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -306,7 +306,10 @@ class CrabRecipe:
         device = self._crab.new_embedding.rows.device
         tensors = {name: tensor.to(device) for name, tensor in batch["tensors"].items()}
         # Left before backward, which runs forward again with activation checkpointing.
-        with record_routing(self._crab) if batch["looks"] else nullcontext({}) as gates:
+        looked: AbstractContextManager[dict[str, list[torch.Tensor]]] = (
+            record_routing(self._crab) if batch["looks"] else nullcontext({})
+        )
+        with looked as gates:
             output = model(tensors, *batch["normalizers"])
         sums = health.sums(gates, tensors.get("attention_mask")) if gates else {}
         sums |= {name: torch.tensor(count) for name, count in batch["counts"].items()}

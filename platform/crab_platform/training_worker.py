@@ -226,8 +226,8 @@ def train_step(
             of_ranks[1, rank] = throughput.peak_memory_bytes(engine.device)
             on_device = torch.cat([of_ranks.flatten(), totals]).to(engine.device)
             torch.distributed.all_reduce(on_device)
-            told, totals = on_device.cpu().split([of_ranks.numel(), len(totals)])
-            of_ranks = told.view_as(of_ranks)
+            told, count = on_device.cpu(), of_ranks.numel()
+            of_ranks, totals = told[:count].view_as(of_ranks), told[count:]
             judged["loss"] = _unpacked(totals, shapes)["loss"]
             gate.arm(may_update)
         engine.step()
@@ -258,8 +258,10 @@ def train_step(
 
 def _unpacked(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     """Scalars as floats, others as tensors of their shapes, from all in one row."""
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {
-        name: part.view(shape) if shape else part.item()
-        for part, (name, shape) in zip(parts, shapes.items(), strict=True)
-    }
+    found: dict[str, Any] = {}
+    start = 0
+    for name, shape in shapes.items():
+        part = flat[start : start + shape.numel()]
+        found[name] = part.view(shape) if shape else part.item()
+        start += shape.numel()
+    return found
