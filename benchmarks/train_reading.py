@@ -28,7 +28,8 @@ from crab_platform.storage import open_store
 from jobs.spec import TrainSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from servers.seaweedfs import seaweedfs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "servers"))
+from seaweedfs import seaweedfs
 from support.random_features import Job, write_job
 
 BATCH, MICRO_BATCHES, GRID = 16, 4, 14

@@ -1,6 +1,6 @@
 """Samples packed into one row give what they give on padded rows: losses, mask losses, every gradient.
 
-Measured worst relative difference, to the largest value of a tensor: 5e-15 in float64, 3e-6 in float32.
+Measured worst relative difference, to the largest value of a tensor: 1.4e-15 in float64, 4.1e-6 in float32.
 """
 
 from __future__ import annotations
