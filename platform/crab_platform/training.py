@@ -63,6 +63,9 @@ def train(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    num_workers: Any = config.num_workers  # types do not know limits
+    if config.min_workers is not None:
+        num_workers = (config.min_workers, config.num_workers)
     store = open_store(config.run)
     checkpoint.mend(store)
     with (
@@ -83,9 +86,7 @@ def train(
             },
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers
-                if config.min_workers is None
-                else (config.min_workers, config.num_workers),
+                num_workers=num_workers,
                 use_gpu=config.use_gpu,
                 resources_per_worker={"CPU": config.cpus_per_worker}
                 | ({"GPU": 1} if config.use_gpu else {}),
