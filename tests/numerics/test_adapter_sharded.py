@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crab.adapter import InteractionHeads, InteractionLoraConfig
+from crab_platform.training_worker import init_distributed
 
 WIDTH, STEPS, TOKENS, LR = 48, 3, 12, 0.1
 TOLERANCE = 1e-6  # relative; measured 2.1e-7: two halves of a batch are summed in another order
@@ -63,7 +64,7 @@ def sharded(out: Path) -> None:
     """One of two processes: the same steps, each on its half of the batch."""
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    init_distributed(use_gpu=False)
     rank = torch.distributed.get_rank()
     model = make_model()
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -26,6 +26,7 @@ from crab.model.collate import Collator
 from crab.model.recompute import recompute_activations
 from crab_platform import engine_state
 from crab_platform.training_config import TrainingConfig, deepspeed_config
+from crab_platform.training_worker import init_distributed
 
 STEPS, MICRO_BATCHES, DROPOUT = 3, 2, 0.2
 CLIPPED = 1e-6
@@ -107,10 +108,8 @@ def learnt(name: str, rank: int, start: dict[str, Tensor] | None) -> dict[str, T
 
 
 def rank_of_engines(out: Path) -> None:
-    import deepspeed
-
     torch.use_deterministic_algorithms(True)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    init_distributed(use_gpu=False)
     rank = torch.distributed.get_rank()
     start: dict[str, Tensor] | None = None
     for name in CASES:

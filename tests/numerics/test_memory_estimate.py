@@ -23,6 +23,7 @@ from crab.model.collate import Collator
 from crab.model.crab_model import CrabModel
 from crab_platform.memory import Decoder, Parameter, activation_bytes, worker_memory
 from crab_platform.training_config import TrainingConfig, deepspeed_config
+from crab_platform.training_worker import init_distributed
 
 TOLERANCE = 0.01
 """Of all that is held; measured 0.4 %: the model's buffers and a few scalars."""
@@ -147,9 +148,7 @@ def held(name: str, rank: int) -> dict[str, int]:
 
 
 def rank_of_engines(out: Path) -> None:
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    init_distributed(use_gpu=False)
     rank = torch.distributed.get_rank()
     found = {name: held(name, rank) for name in CASES}
     if rank == 0:
