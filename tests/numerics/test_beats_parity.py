@@ -178,8 +178,11 @@ def test_filter_bank_equals_torchaudio_as_kept() -> None:
     kept = load_file(KEPT)
     ours = log_mel(kept["audio"])
     assert ours.shape == (2, 98, 128)
-    # Measured: bit-equal. The bound leaves room for another FFT library (another CPU).
-    assert (ours - kept["fbank"]).abs().max() <= 1e-4
+    # Measured: bit-equal on the CPU that it was kept on (EPYC); on another (Xeon) one quiet bin of 25,088 beside loud
+    # ones, at a log energy of -5.2, is 1.9e-4 off, as its FFT rounds elsewhere, and the mean is 7.8e-7.
+    difference = (ours - kept["fbank"]).abs()
+    assert difference.max() <= 2e-3
+    assert difference.mean() <= 1e-5
 
 
 @pytest.mark.parametrize("samples", [400, 2800, 16_123])
