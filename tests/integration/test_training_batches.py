@@ -152,6 +152,7 @@ def test_packed_batches_have_the_losses_and_metrics_of_padded_ones(tmp_path: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_packed_samples_are_learnt_as_padded_ones_by_two_workers(tmp_path: Path) -> None:
     """Through Ray Train and ZeRO-3, with prefetch, optimizer and export."""
     losses: dict[str, list[float]] = {}

@@ -61,6 +61,7 @@ def test_one_worker_follows_two(llm: str, two_workers: Run, tmp_path: Path) -> N
     assert_near(one.losses, two_workers.losses, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_follow_whole_ones(
     llm: str, two_workers: Run, tmp_path: Path
 ) -> None:
