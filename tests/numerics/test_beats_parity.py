@@ -174,15 +174,23 @@ def waveforms(num: int, samples: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
+def agrees(ours: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Within 1e-4 in each log energy, as long as float32 can tell: an FFT rounds amplitudes by about epsilon of the
+    loudest, so the energy of a bin is known to 2 epsilon over the root of its share of the loudest one of its frame."""
+    share = (kept - kept.amax(-1, keepdim=True)).exp()
+    rounding = 2 * torch.finfo(torch.float32).eps / share.sqrt()
+    return bool(((ours - kept).abs() <= rounding.clamp(min=1e-4)).all())
+
+
 def test_filter_bank_equals_torchaudio_as_kept() -> None:
     kept = load_file(KEPT)
     ours = log_mel(kept["audio"])
     assert ours.shape == (2, 98, 128)
-    # Measured: bit-equal on the CPU that it was kept on (EPYC); on another (Xeon) one quiet bin of 25,088 beside loud
-    # ones, at a log energy of -5.2, is 1.9e-4 off, as its FFT rounds elsewhere, and the mean is 7.8e-7.
-    difference = (ours - kept["fbank"]).abs()
-    assert difference.max() <= 2e-3
-    assert difference.mean() <= 1e-5
+    # Measured: bit-equal on the CPU that it was kept on (EPYC). On another (Xeon) one bin of 25,088 is 2.3e-4 off, which
+    # has 2e-7 of its frame's loudest energy (rounding: 5.2e-4), the next 7.2e-5.
+    assert agrees(ours, kept["fbank"])
+    assert (ours - kept["fbank"]).abs().mean() <= 1e-5
+    assert not agrees(kept["fbank"] + 1.5e-4, kept["fbank"])
 
 
 @pytest.mark.parametrize("samples", [400, 2800, 16_123])
