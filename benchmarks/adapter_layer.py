@@ -302,7 +302,7 @@ def bench_layer(shape: Shape, repeats: int, goals: Goals) -> None:
         except Exception as error:  # a peer that cannot is told, and the others are measured
             if name in ("frozen layer", "ours", "loop over heads"):
                 raise
-            print(f"SKIPPED {name}: {type(error).__name__}: {error}")
+            goals.broken(f"{name} cannot run: {type(error).__name__}: {error}")
             continue
         candidates[name] = candidate
 
@@ -310,8 +310,9 @@ def bench_layer(shape: Shape, repeats: int, goals: Goals) -> None:
         x.grad = None
         module = candidates[name].module.eval()  # without dropout: masks differ
         y = candidates[name].step()
-        ours_grads = lambda: [grad(heads.weight_ar), grad(heads.weight_b)]  # noqa: E731
-        made = ours_grads() if name == "ours" else module.gradients()
+        made = (
+            [grad(heads.weight_ar), grad(heads.weight_b)] if name == "ours" else module.gradients()
+        )
         module.train()
         return [y, grad(x).clone(), *(g.clone() for g in made)]
 

@@ -181,7 +181,7 @@ def _groups(
                 if len(group) == size:
                     yield group
                     group = []
-    except Exception:
+    except Exception:  # raised again, after the parts before it
         yield group
         raise
     yield group
@@ -199,7 +199,7 @@ def _each(
         for made in make(parts):
             yield made
             num_made += 1
-    except Exception as error:
+    except Exception as error:  # told, and raised again below by the batch that it belongs to
         if len(parts) == 1:
             raise
         _LOG.warning("%d batches could not be read at once, now one by one: %s", len(parts), error)

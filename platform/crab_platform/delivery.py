@@ -222,7 +222,7 @@ def bring(
                 return False
             clock.sleep(_LOOK_S)
         # Whatever it is, the record stays, the trouble is told, and it is tried again.
-        except Exception as error:
+        except Exception as error:  # whatever the client raises is told, noted, and tried again
             said = f"{type(error).__name__}: {error}"
             if said != delivery.cursor.trouble:
                 print(said, file=sys.stderr, flush=True)

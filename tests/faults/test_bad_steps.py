@@ -59,7 +59,7 @@ def test_nan_on_one_rank_is_skipped_by_all(
         out=str(tmp_path),
         steps=4,
         nan_at=(1,),
-        nan_in=nan_in,  # type: ignore[arg-type]
+        nan_in=nan_in,  # type: ignore[arg-type]  # one of the three, as a parameter
         infinite=infinite,
     )
     seen = run(plan, zero_stage=zero_stage, dtype=dtype, checkpoint_every=1)

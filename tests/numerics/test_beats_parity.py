@@ -186,8 +186,8 @@ def test_filter_bank_equals_torchaudio_as_kept() -> None:
     kept = load_file(KEPT)
     ours = log_mel(kept["audio"])
     assert ours.shape == (2, 98, 128)
-    # Measured: bit-equal on the CPU that it was kept on (EPYC). On another (Xeon) one bin of 25,088 is 2.3e-4 off, which
-    # has 2e-7 of its frame's loudest energy (rounding: 5.2e-4), the next 7.2e-5.
+    # Measured: bit-equal on the CPU that it was kept on (EPYC). On another (Xeon) one bin of 25,088 is 2.3e-4 off:
+    # it has 2e-7 of its frame's loudest energy (rounding: 5.2e-4), the next 7.2e-5.
     assert agrees(ours, kept["fbank"])
     assert (ours - kept["fbank"]).abs().mean() <= 1e-5
     assert not agrees(kept["fbank"] + 1.5e-4, kept["fbank"])

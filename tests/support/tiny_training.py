@@ -151,7 +151,7 @@ class TinyRecipe:
                 submit(writer, *args)
                 writer.wait()
 
-            CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]
+            CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]  # planted
         if plan.without_gate:
             guards.Guard.objection = lambda _self, _values: None  # type: ignore[method-assign]
         if plan.is_deaf:
