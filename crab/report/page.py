@@ -1,5 +1,7 @@
 """The page: views through jinja2 with autoescape into one index.html."""
 
+import base64
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -7,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from crab.report import overlay
 from crab.report.files import FOLDER
@@ -20,6 +23,20 @@ _CURVE_POINTS = 150
 
 def write_page(page: Page, folder: Path) -> Path:
     """Writes index.html into `folder`, beside the files that its views name, and returns its path."""
+    return write_template(
+        "page.html.jinja",
+        folder,
+        page=page,
+        predicted_colour=overlay.hex_of(overlay.PREDICTED),
+        true_colour=overlay.hex_of(overlay.TRUE),
+    )
+
+
+def write_template(name: str, folder: Path, script: str | None = None, **values: object) -> Path:
+    """Writes index.html of a template into `folder` and returns its path.
+
+    The template gets the text of the file `script` and its digest, so that the page's policy lets it run and no other.
+    """
     environment = Environment(
         loader=PackageLoader("crab.report", "templates"),
         autoescape=True,
@@ -28,10 +45,11 @@ def write_page(page: Page, folder: Path) -> Path:
         undefined=StrictUndefined,
     )
     environment.globals["line"] = polyline
-    text = environment.get_template("page.html.jinja").render(
-        page=page,
-        predicted_colour=overlay.hex_of(overlay.PREDICTED),
-        true_colour=overlay.hex_of(overlay.TRUE),
+    source = (Path(__file__).parent / "templates" / script).read_text("utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    # A script of ours has no values in it: what a sweep says stands in escaped attributes, which it reads.
+    text = environment.get_template(name).render(
+        script=Markup(source), script_digest=f"sha256-{digest}", **values
     )
     path = folder / INDEX
     path.write_text(text, encoding="utf-8")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.elements import Elements
 from support.evaluated_run import HOSTILE, write_run
 
 from crab.report import overlay
@@ -55,22 +55,6 @@ def clip(num_frames: int = 10) -> Clip:
 
 def example(tmp_path: Path, asked: Asked, seen: Clip | None = None) -> Example:
     return show(TASKS[asked.sample.task], asked, seen or clip(), Files(tmp_path))
-
-
-class Elements(HTMLParser):
-    """Names and attributes of a page's elements, and its text."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_page_of_clips_that_are_gone(tmp_path: Path) -> None:
