@@ -5,6 +5,8 @@ from crab.tasks.mask_answer import GROUP
 
 MAX_CHARACTERS = 4000
 """Of a text. A model that never stops must not make a page that never ends."""
+UNKNOWN = "\N{EN DASH}"
+"""In place of a number that is not known."""
 _SHORT_GROUP = "<mask_start>…<mask_end>"
 
 
