@@ -1,10 +1,13 @@
 """From shares of axes to pixels of a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from crab.report.scales import Scale, Tick
 from crab.report.sweep_views import Axis, Label, Plot
+
+MOST = 16
+"""Characters of a label across."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +59,23 @@ class Area:
 
 
 def labels(
-    ticks: tuple[Tick, ...], place: Callable[[float], float], gap: float = 0.0
+    ticks: Iterable[Tick], place: Callable[[float], float], gap: float = 0.0
 ) -> tuple[Label, ...]:
-    """Ticks at their pixels. Labels that would come nearer than `gap`, or run into the last, stay away."""
-    found: list[Label] = []
+    """Ticks at their pixels, as far as there is room for them."""
+    return spaced([Label(at=place(tick.share), text=tick.text) for tick in ticks], gap)
+
+
+def spaced(found: Iterable[Label], gap: float = 0.0) -> tuple[Label, ...]:
+    """Labels that do not run into the one before: upwards each takes `gap` pixels, across (0) what its text needs."""
+    kept: list[Label] = []
     end = float("-inf")
-    for tick in sorted(ticks, key=lambda tick: place(tick.share)):
-        at = place(tick.share)
-        # Beside each other, digits are some 6.5 pixels wide; above each other, all labels are as high.
-        half = gap / 2 if gap else 3.4 * len(tick.text) + 3
-        if at - half >= end:
-            found.append(Label(at=at, text=tick.text))
-            end = at + half
-    return tuple(found)
+    for label in sorted(found, key=lambda label: label.at):
+        # A digit is some 6.5 pixels wide, and the page cuts a label to MOST characters.
+        half = gap / 2 if gap else 3.4 * min(MOST, len(label.text)) + 3
+        if label.at - half >= end:
+            kept.append(label)
+            end = label.at + half
+    return tuple(kept)
 
 
 def clipped(share: float) -> float:

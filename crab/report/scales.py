@@ -133,6 +133,11 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) <= _LARGEST else None
 
 
+def short(value: float) -> str:
+    """Four digits, which values beside each other share: 1.400 and 1.523."""
+    return f"{value:#.4g}" if 1e-3 <= abs(value) < 1000 else f"{value:.4g}"
+
+
 def word(value: Any) -> str:
     """A setting as a reader writes it: a number short, a text bare, all else as JSON."""
     if isinstance(value, str):

@@ -13,7 +13,7 @@ from typing import Any
 from crab.report import sweep_cost, sweep_seeds, sweep_table, sweep_timeline
 from crab.report.colours import levels
 from crab.report.page import write_template
-from crab.report.scales import word
+from crab.report.scales import short, word
 from crab.report.sweep_curves import curves, parallel
 from crab.report.sweep_surface import response
 from crab.report.sweep_trials import STATUSES, Sweep, read_sweep
@@ -101,7 +101,7 @@ def _key(sweep: Sweep) -> tuple[str, str] | None:
         trial.counts and trial.best is not None and sweep.is_better(worst, trial.best)
         for trial in sweep.trials
     )
-    return f"{worst:.4g}{' and worse' if beyond else ''}", f"{best:.4g}"
+    return f"{short(worst)}{' and worse' if beyond else ''}", short(best)
 
 
 def _space(space: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from crab.report.plots import Area
+from crab.report.plots import Area, spaced
 from crab.report.scales import number, range_over
 from crab.report.sweep_timeline import duration, unit_of
 from crab.report.sweep_trials import Sweep, Trial
@@ -106,7 +106,6 @@ def spending(sweep: Sweep) -> Bars | None:
     unit, length = unit_of(max(totals))
     scale = range_over([0.0, max(totals) / length])
     wide = _AREA.across / len(sweep.trials)
-    every = -(-30 // max(1, int(wide)))
 
     def height(seconds: float) -> float:
         return round((scale.share(seconds / length) or 0.0) * _AREA.up, 1)
@@ -115,8 +114,7 @@ def spending(sweep: Sweep) -> Bars | None:
     for index, trial in enumerate(sweep.trials):
         x = _AREA.left + _AREA.pad + wide * index
         tall = height(trial.seconds or 0.0)
-        if index % every == 0:
-            names.append(Label(at=round(x + wide / 2, 1), text=trial.name))
+        names.append(Label(at=round(x + wide / 2, 1), text=trial.name))
         thick = min(40.0, 0.8 * wide)
         bars.append(
             Bar(
@@ -132,7 +130,7 @@ def spending(sweep: Sweep) -> Bars | None:
         )
     return Bars(
         plot=_AREA.plot(
-            Axis(title="trial", labels=tuple(names)), _AREA.y_axis(f"time ({unit})", scale)
+            Axis(title="trial", labels=spaced(names)), _AREA.y_axis(f"time ({unit})", scale)
         ),
         bars=tuple(bars),
         caption="Solid: the time that each trial took. Outlined above it: what stopping it saved, an estimate.",

@@ -5,7 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from crab.report.plots import Area
-from crab.report.scales import range_over, word
+from crab.report.scales import range_over, short, word
 from crab.report.sweep_trials import Confirmed, Sweep
 from crab.report.sweep_views import Axis, ConfirmedRow, Dots, Headline, Label, Seeds
 from crab.report.texts import UNKNOWN, clean
@@ -29,7 +29,7 @@ def headline(sweep: Sweep) -> Headline | None:
     return Headline(
         trial=trial.name,
         key=trial.key,
-        value=f"{trial.best:.4g}",
+        value=short(trial.best),
         config=settings(trial.config),
         remark=remark,
     )
@@ -48,7 +48,7 @@ def rows(sweep: Sweep) -> tuple[ConfirmedRow, ...]:
             config=", ".join(f"{name} = {value}" for name, value in settings(one.config)),
             mean=_mean(one),
             seeds=_seeds(one),
-            values=", ".join(UNKNOWN if value is None else f"{value:.4g}" for value in one.values),
+            values=", ".join(UNKNOWN if value is None else short(value) for value in one.values),
         )
         for one in sweep.confirmed
     )
@@ -57,9 +57,8 @@ def rows(sweep: Sweep) -> tuple[ConfirmedRow, ...]:
 def _mean(one: Confirmed) -> str:
     if one.mean is None:
         return UNKNOWN
-    return f"{one.mean:.4g}" + (
-        f" ± {one.std:.2g}" if one.std is not None and len(one.finite) > 1 else ""
-    )
+    spread = f" ± {one.std:#.2g}" if one.std is not None and len(one.finite) > 1 else ""
+    return short(one.mean) + spread
 
 
 def _seeds(one: Confirmed) -> str:
@@ -75,9 +74,13 @@ def verdicts(sweep: Sweep) -> tuple[str, ...]:
     if winner is None:
         return ("No seeds were run to confirm the best trial: its value stands for one run.",)
     others = [one for one in sweep.confirmed if one is not winner]
-    if not others:
-        return ("There is no baseline to compare the winner with.",)
-    return tuple(_verdict(sweep, winner, other) for other in others)
+    said = [_verdict(sweep, winner, other) for other in others]
+    said = said or ["There is no baseline to compare the winner with."]
+    trial = next((trial for trial in sweep.trials if trial.config == winner.config), None)
+    best = sweep.winner
+    if trial and best and trial.config != best.config:
+        said.insert(0, f"The winner that was confirmed is trial {trial.name}, not the best one.")
+    return tuple(said)
 
 
 def _verdict(sweep: Sweep, winner: Confirmed, other: Confirmed) -> str:
@@ -94,13 +97,13 @@ def _verdict(sweep: Sweep, winner: Confirmed, other: Confirmed) -> str:
     worst, best = sweep.worst_of(ours), sweep.best_of(theirs)
     if sweep.is_better(worst, best):
         said = (
-            f"The winner's worst seed ({worst:.4g}) is better than the best seed of {other.label} ({best:.4g}),"
+            f"The winner's worst seed ({short(worst)}) is better than the best seed of {other.label} ({short(best)}),"
             f" {counts}."
         )
     elif sweep.is_better(sweep.worst_of(theirs), sweep.best_of(ours)):
         said = (
-            f"The worst seed of {other.label} ({sweep.worst_of(theirs):.4g}) is better than the winner's best"
-            f" ({sweep.best_of(ours):.4g}), {counts}: the sweep found nothing better than this baseline."
+            f"The worst seed of {other.label} ({short(sweep.worst_of(theirs))}) is better than the winner's best"
+            f" ({short(sweep.best_of(ours))}), {counts}: the sweep found nothing better than this baseline."
         )
     else:
         return (
@@ -117,7 +120,7 @@ def _count(values: Sequence[float]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    return f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else f"{values[0]:.4g}"
+    return f"{short(min(values))} to {short(max(values))}" if len(values) > 1 else short(values[0])
 
 
 def seeds(sweep: Sweep) -> Seeds | None:
@@ -148,7 +151,7 @@ def seeds(sweep: Sweep) -> Seeds | None:
                 label=one.label,
                 winner=one.label == WINNER,
                 dots=tuple(
-                    Label(at=place(value), text=f"seed {seed}: {value:.4g}")
+                    Label(at=place(value), text=f"seed {seed}: {short(value)}")
                     for seed, value in zip_longest(one.seeds, one.values, fillvalue=None)
                     if value is not None
                 ),

@@ -1,6 +1,6 @@
 """All trials in figures: a row each, sortable where scripts run."""
 
-from crab.report.scales import number, word
+from crab.report.scales import number, short, word
 from crab.report.sweep_trials import Sweep, Trial
 from crab.report.sweep_views import Row, Value
 from crab.report.texts import UNKNOWN
@@ -48,11 +48,17 @@ def _values(sweep: Sweep, trial: Trial) -> tuple[Value, ...]:
         *settings,
         Value(text=status, sort=status, numeric=False),
         _number(trial.steps, "{:g}"),
-        _number(trial.best, "{:.4g}"),
+        _metric(trial.best),
         _number(trial.seconds, "{:.1f}"),
         _number(trial.cost, "{:.3g}"),
         _number(trial.parameters, "{:,.0f}"),
         Value(text=trial.reason, sort=trial.reason, numeric=False),
+    )
+
+
+def _metric(value: float | None) -> Value:
+    return Value(
+        text=UNKNOWN if value is None else short(value), sort="" if value is None else repr(value)
     )
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from crab.report.colours import level_of
-from crab.report.scales import limits, number, word
+from crab.report.scales import limits, number, short, word
 from crab.report.sweep_parameters import Parameter, read_parameters
 from crab.report.texts import clean
 
@@ -120,7 +120,7 @@ class Sweep:
         """All about a trial in a few lines."""
         steps = f" after {trial.steps:g} steps" if trial.steps else ""
         lines = [f"trial {trial.name}: {trial.status}{steps}"]
-        lines += [f"best {self.metric} {trial.best:.4g}"] if trial.best is not None else []
+        lines += [f"best {self.metric} {short(trial.best)}"] if trial.best is not None else []
         lines += [f"{clean(key)} = {word(value)}" for key, value in trial.config.items()]
         lines += [trial.reason[:_REASON]] if trial.reason else []
         return "\n".join(lines)

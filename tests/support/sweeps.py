@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_STEPS = 60
 RUNGS = (20, 40, 60)
+BASELINE = {"num_heads": 3, "router_temperature": 1.0}
 HOSTILE = '<script>document.title = "owned"</script><img src=x onerror="document.title=1"> "\' & \x00 \ud800'
 """What no page may take for markup."""
 
@@ -133,6 +134,7 @@ def asha_sweep(num_trials: int = 24, seed: int = 1, **changes: Any) -> dict[str,
             made["ended"] = free[begin].isoformat()
             made["cost"] = made["seconds"] * 4e-5
         trials.append(made)
+    best = min((made for made in trials if made["best"]), key=lambda made: made["best"])
     record = sweep(
         trials,
         space={
@@ -142,9 +144,9 @@ def asha_sweep(num_trials: int = 24, seed: int = 1, **changes: Any) -> dict[str,
             "targets": {"kind": "choice", "choices": ["attention", "all"]},
         },
         confirmed=[
-            confirmed("winner", [1.389, 1.412, 1.401], num_heads=4, router_temperature=0.71),
-            confirmed("n=1", [1.522, 1.507, 1.533], num_heads=1, router_temperature=1.0),
-            confirmed("n=3, T=1", [1.418, 1.404, 1.431], num_heads=3, router_temperature=1.0),
+            confirmed("winner", [1.470, 1.493, 1.482], **best["config"]),
+            confirmed("n=1", [1.602, 1.587, 1.613], **best["config"] | {"num_heads": 1}),
+            confirmed("n=3, T=1", [1.499, 1.485, 1.512], **best["config"] | BASELINE),
         ],
     )
     return {**record, **changes}

@@ -177,15 +177,15 @@ def test_a_diverged_trial_leaves_the_others_their_colours() -> None:
     page = sweep_page(sweep([*trials, trial(10, best=1e6)]))
     assert len({mark.level for mark in response(page).marks}) == 10
     assert marks(page)[10].level == 0
-    assert usual.key == ("1.9", "1")
-    assert page.key == ("1.9 and worse", "1")
+    assert usual.key == ("1.900", "1.000")
+    assert page.key == ("1.900 and worse", "1.000")
 
 
 def test_more_is_better_where_the_mode_says_so() -> None:
     trials = [trial(n, best=value) for n, value in enumerate((0.5, 0.9, 0.7))]
     page = sweep_page(sweep(trials, mode="max", metric="val/accuracy"))
     assert page.headline is not None
-    assert (page.headline.trial, page.headline.value) == ("1", "0.9")
+    assert (page.headline.trial, page.headline.value) == ("1", "0.9000")
     assert marks(page)[1].level == LEVELS - 1
     assert marks(page)[0].level == 0
     assert ("metric", "val/accuracy, higher is better") in page.facts
@@ -266,15 +266,15 @@ WINNER = confirmed("winner", [1.39, 1.41, 1.40])
         (
             [1.52, 1.51, 1.53],
             "min",
-            "worst seed (1.41) is better than the best seed of base (1.51)",
+            "worst seed (1.410) is better than the best seed of base (1.510)",
         ),
-        ([1.40, 1.42, 1.45], "min", "(1.39 to 1.41) and base (1.4 to 1.45) overlap"),
+        ([1.40, 1.42, 1.45], "min", "(1.390 to 1.410) and base (1.400 to 1.450) overlap"),
         ([1.41, 1.42, 1.45], "min", "overlap"),  # worst and best seed are the same
         ([1.30, 1.35, 1.36], "min", "found nothing better than this baseline"),
         (
             [1.30, 1.35, 1.36],
             "max",
-            "worst seed (1.39) is better than the best seed of base (1.36)",
+            "worst seed (1.390) is better than the best seed of base (1.360)",
         ),
         ([1.52, 1.51, 1.53], "max", "found nothing better than this baseline"),
         ([1.52], "min", "One seed shows no spread"),
@@ -304,10 +304,10 @@ def test_seeds_stand_on_the_axis_with_their_mean_and_spread() -> None:
     assert other.mean == at(axis, "1.55")
     assert winner.spread is not None
     assert winner.mean == pytest.approx(sum(winner.spread) / 2, abs=0.1)
-    assert winner.dots[0].text == "seed 1: 1.39"
+    assert winner.dots[0].text == "seed 1: 1.390"
     assert [(row.label, row.mean, row.seeds, row.values) for row in page.confirmed] == [
-        ("winner", "1.4 ± 0.01", "3", "1.39, 1.41, 1.4"),
-        ("n=1", "1.55 ± 0.071", "2", "1.5, 1.6"),
+        ("winner", "1.400 ± 0.010", "3", "1.390, 1.410, 1.400"),
+        ("n=1", "1.550 ± 0.071", "2", "1.500, 1.600"),
     ]
 
 
@@ -315,8 +315,19 @@ def test_one_seed_has_no_spread() -> None:
     page = sweep_page(sweep([trial(0)], confirmed=[confirmed("winner", [1.4])]))
     assert page.seeds is not None
     assert page.seeds.rows[0].spread is None
-    assert page.confirmed[0].mean == "1.4"
+    assert page.confirmed[0].mean == "1.400"
     assert page.verdicts == ("There is no baseline to compare the winner with.",)
+
+
+def test_a_winner_that_is_not_the_best_trial_is_named() -> None:
+    trials = corners()
+    for best, words in (
+        (0, ()),
+        (2, ("The winner that was confirmed is trial 2, not the best one.",)),
+    ):
+        chosen = {**WINNER, "config": trials[best]["config"]}
+        page = sweep_page(sweep(trials, confirmed=[chosen, confirmed("base", [2.0, 2.1])]))
+        assert page.verdicts[:-1] == words
 
 
 def test_what_was_saved_is_missing_steps_at_the_measured_speed() -> None:
