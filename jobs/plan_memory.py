@@ -5,14 +5,15 @@ Imports torch, which other plans do without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from crab.model.config import CrabConfig, LlmConfig, paper
-from crab.model.crab_model import CrabModel
-from crab.model.meta import decoder_sizes, meta_model
+from crab.model.meta import DecoderSizes, decoder_sizes, meta_model
 from crab_platform.memory import Decoder, Parameter, WorkerMemory, activation_bytes, worker_memory
 from crab_platform.training_config import TrainingConfig, deepspeed_config
 from jobs.output import line, table
@@ -40,17 +41,14 @@ _ACTIVATIONS = ("activations", "activations_checkpointed")
 
 def memory_of(spec: TrainSpec) -> dict[str, Any]:
     """Bytes of each worker for several numbers of workers, as plain values; from configurations, without weights."""
-    config, notes = _config(spec)
+    config, notes = model_config(spec)
     try:
         model = meta_model(config)
     except FileNotFoundError as error:
         return {"unknown": f"{error}, which the sizes are taken from"}
-    parameters = [
-        Parameter(numel=p.numel(), is_trained=p.requires_grad, itemsize=p.element_size())
-        for p in model.parameters()
-    ]
+    parameters, sizes = outline(model.parameters()), decoder_sizes(model)
     by_workers = [
-        _of_worker(spec, model, parameters, count)
+        _of_worker(spec, config, parameters, sizes, count)
         for count in sorted({*_WORKERS, spec.workers.count})
     ]
     if any(column["micro_batch"] is None for column in by_workers):
@@ -105,8 +103,19 @@ def show_memory(memory: Mapping[str, Any]) -> None:
         line(note)
 
 
-def _config(spec: TrainSpec) -> tuple[CrabConfig, list[str]]:
-    """The model of a spec. Of the paper preset the sizes are known where its language model is not at hand."""
+def outline(parameters: Iterable[nn.Parameter]) -> list[Parameter]:
+    """Of a model's parameters, also on the meta device, what their memory depends on."""
+    return [
+        Parameter(numel=p.numel(), is_trained=p.requires_grad, itemsize=p.element_size())
+        for p in parameters
+    ]
+
+
+def model_config(spec: TrainSpec) -> tuple[CrabConfig, list[str]]:
+    """The model of a spec, and what is to be said about it.
+
+    Of the paper preset the sizes are known where its language model is not at hand.
+    """
     folder = spec.model.llm
     if spec.model.preset != "paper" or (folder and (Path(folder) / "config.json").is_file()):
         return crab_model_config(spec.model), []
@@ -118,9 +127,8 @@ def _config(spec: TrainSpec) -> tuple[CrabConfig, list[str]]:
     return config.model_copy(update={"llm": llm}), [f"{where}: sizes are those of Llama-2-7B"]
 
 
-def _of_worker(
-    spec: TrainSpec, model: CrabModel, parameters: list[Parameter], count: int
-) -> dict[str, Any]:
+def worker_states(spec: TrainSpec, parameters: Iterable[Parameter], count: int) -> WorkerMemory:
+    """What each of `count` workers holds of a model with these parameters, activations left out."""
     settings = deepspeed_config(
         TrainingConfig(
             name=spec.name,
@@ -133,15 +141,31 @@ def _of_worker(
             dtype=spec.optimisation.dtype,
         )
     )
-    states = worker_memory(parameters, settings, count, on_gpu=spec.workers.gpu)
+    return worker_memory(parameters, settings, count, on_gpu=spec.workers.gpu)
+
+
+def in_device(states: WorkerMemory, on_gpu: bool) -> int:
+    """Bytes of `states` in the memory that a worker computes in: without a GPU the host's is the worker's."""
+    return states.total + (0 if on_gpu else states.host)
+
+
+def _of_worker(
+    spec: TrainSpec,
+    config: CrabConfig,
+    parameters: list[Parameter],
+    sizes: DecoderSizes | None,
+    count: int,
+) -> dict[str, Any]:
     samples, left = divmod(spec.optimisation.batch_size, count * spec.workers.micro_batches)
     micro_batch = samples if samples and not left else None
     return {
         "workers": count,
-        **_bytes(states, spec.workers.gpu),
+        **_bytes(worker_states(spec, parameters, count), spec.workers.gpu),
         "micro_batch": micro_batch,
-        "activations": _activations(spec, model, micro_batch, checkpointing=False),
-        "activations_checkpointed": _activations(spec, model, micro_batch, checkpointing=True),
+        "activations": activations(spec, config, sizes, micro_batch, checkpointing=False),
+        "activations_checkpointed": activations(
+            spec, config, sizes, micro_batch, checkpointing=True
+        ),
     }
 
 
@@ -153,20 +177,26 @@ def _bytes(states: WorkerMemory, on_gpu: bool) -> dict[str, int]:
         "optimizer": states.optimizer,
         "gathered": states.gathered,
         "buffers": states.buffers,
-        # Without a GPU the host's memory is the worker's.
-        "together": states.total + (0 if on_gpu else states.host),
+        "together": in_device(states, on_gpu),
         "host": states.host,
     }
 
 
-def _activations(
-    spec: TrainSpec, model: CrabModel, samples: int | None, *, checkpointing: bool
+def activations(
+    spec: TrainSpec,
+    config: CrabConfig,
+    sizes: DecoderSizes | None,
+    samples: int | None,
+    *,
+    checkpointing: bool,
 ) -> int | None:
-    """None where the batch does not divide by the workers, or the language model is of another kind."""
-    sizes = decoder_sizes(model)
+    """ESTIMATE in bytes of what a micro batch of `samples` keeps for backward, as if all linears were adapted.
+
+    None where the batch does not divide by the workers, or the language model is of another kind.
+    """
     if samples is None or sizes is None:
         return None
-    adapter = model.config.adapter
+    adapter = config.adapter
     decoder = Decoder(
         **asdict(sizes),
         adapter_rows={
@@ -177,11 +207,11 @@ def _activations(
         has_dropout=adapter.method != "none" and adapter.lora_dropout > 0,
     )
     # As the language model was loaded, unless DeepSpeed makes bfloat16 of it.
-    is_wide = "float32" == model.config.llm.dtype == spec.optimisation.dtype
+    is_wide = "float32" == config.llm.dtype == spec.optimisation.dtype
     return activation_bytes(
         decoder,
         samples,
-        model.config.prompt.max_length,
+        config.prompt.max_length,
         4 if is_wide else 2,
         checkpointing=checkpointing,
     )

@@ -12,6 +12,7 @@ from crab.encoders.config import TINY_SELECT_LAYERS, EncoderConfig
 from crab.model import config as crab_config
 from crab.model.config import CrabConfig
 from crab_platform.identity import digest, sha256_file
+from crab_platform.source import fetch, versions
 from jobs.spec import Encoders, Model, SpecError
 
 TINY = Path(__file__).resolve().parent.parent / "crab" / "presets" / "tiny"
@@ -19,6 +20,9 @@ TINY = Path(__file__).resolve().parent.parent / "crab" / "presets" / "tiny"
 
 DIGESTS = "digests.json"
 """In the preset's folder: file -> SHA-256."""
+
+_hashed: dict[tuple[Path, str | None], str] = {}
+"""SHA-256 of files by path and version: a sweep asks for the same preset some hundred times a minute."""
 
 
 def tiny_folder(name: str) -> Path:
@@ -44,12 +48,19 @@ def tiny_folder(name: str) -> Path:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below the folder, by its path there; DIGESTS itself is left out."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != DIGESTS:
-            with path.open("rb") as file:
-                digests[path.relative_to(folder).as_posix()] = sha256_file(file)
-    return digests
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != DIGESTS]
+    found = versions(map(str, files))
+    return {p.relative_to(folder).as_posix(): _digest(p, found[str(p)]) for p in files}
+
+
+def _digest(path: Path, version: str | None) -> str:
+    known = _hashed.get((path, version))
+    if known is None:
+        with fetch(str(path)) as file:
+            known = file.sha256
+            if file.version is not None:  # not one that has just been changed
+                _hashed[path, file.version] = known
+    return known
 
 
 def write_digests(folder: Path) -> None:

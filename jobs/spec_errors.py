@@ -18,11 +18,15 @@ def explain(
     values: Mapping[str, Any],
     where: str,
     kinds: Mapping[str, type[BaseModel]],
+    root: type[BaseModel] | None = None,
 ) -> str:
-    """The message for `values` that are no spec; `kinds` are the models by what stands under `job:`."""
+    """The message for `values` that are no spec; `kinds` are the models by what stands under `job:`.
+
+    root: the model of `values`, where that is always the same.
+    """
     lines = [f"{where}: {error.error_count()} problem(s)"]
     for problem in error.errors():
-        location, model = _place(problem["loc"], values, kinds)
+        location, model = _place(problem["loc"], values, kinds, root)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             names = sorted(model.model_fields) if model else []
@@ -43,7 +47,10 @@ def explain(
 
 
 def _place(
-    location: Sequence[str | int], values: Any, kinds: Mapping[str, type[BaseModel]]
+    location: Sequence[str | int],
+    values: Any,
+    kinds: Mapping[str, type[BaseModel]],
+    root: type[BaseModel] | None,
 ) -> tuple[list[str], type[BaseModel] | None]:
     """(the location as a person writes it, the model in which its last part stands).
 
@@ -51,7 +58,7 @@ def _place(
     """
     shown: list[str] = []
     model: type[BaseModel] | None = None
-    below: type[BaseModel] | None = None
+    below = root
     for part in location:
         if isinstance(values, Mapping) and part == values.get("job") and part in kinds:
             below = kinds[str(part)]

@@ -40,25 +40,33 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise SpecError(
             f"--set {change!r}: expected a.b=value, for example --set optimisation.steps=100"
         )
+    put(values, path, yaml.safe_load(text), f"--set {change!r}")
+
+
+def put(values: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Puts `value` at the dotted `path` of `values`, in place; mappings on the way that are absent are made.
+
+    Raises SpecError, which begins with `where`, if something on the way is no mapping, or a list without such an item.
+    """
     *parents, last = path.split(".")
     below: Any = values
     for name in parents:
-        below = _inside(below, name, change)
+        below = _inside(below, name, where)
     if not isinstance(below, dict):
-        raise SpecError(f"--set {change!r}: {parents[-1]} is {below!r}, not a mapping")
-    below[last] = yaml.safe_load(text)
+        raise SpecError(f"{where}: {parents[-1]} is {below!r}, not a mapping")
+    below[last] = value
 
 
-def _inside(values: Any, name: str, change: str) -> Any:
+def _inside(values: Any, name: str, where: str) -> Any:
     """The value under `name`; in a list, the item at that place or of that name (steps.train-nine.optimisation)."""
     if isinstance(values, dict):
         return values.setdefault(name, {})
     if not isinstance(values, list):
-        raise SpecError(f"--set {change!r}: there is no {name} in {values!r}, it is not a mapping")
+        raise SpecError(f"{where}: there is no {name} in {values!r}, it is not a mapping")
     names = [item.get("name") if isinstance(item, dict) else None for item in values]
     if name in names:
         return values[names.index(name)]
     if name.isdigit() and int(name) < len(values):
         return values[int(name)]
     known = ", ".join(str(known) for known in names if known)
-    raise SpecError(f"--set {change!r}: no {name} in the list; it holds {known or len(values)}")
+    raise SpecError(f"{where}: no {name} in the list; it holds {known or len(values)}")
