@@ -40,7 +40,7 @@ from crab.model.crab_model import CrabModel
 from crab.model.llm import train_tokenizer
 from crab.model.sequences import packed, padded
 from crab.model.tokens import GENERATED_TOKENS
-from jobs.recipe import parts_of_equal_sum, parts_of_equal_work
+from jobs.partition import parts_of_equal_sum, parts_of_equal_work
 
 MICRO_BATCH, PACK = 8, 1024
 COMPARED = 8

@@ -84,7 +84,7 @@ class Rank:
 
     def step(self, step: int) -> dict[str, float]:
         """The worker's own function."""
-        from crab_platform.training_worker import train_step
+        from crab_platform.learner import train_step
 
         return train_step(
             *(self.engine, self.recipe, self.config, step, self.rank, RANKS),

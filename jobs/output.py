@@ -56,14 +56,14 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     console.print(printed)
 
 
-def write_result(folder: Path, record: Mapping[str, Any]) -> None:
-    """result.json of a run, whole or not at all; its presence says that the job ended well."""
+def write_result(folder: Path, record: Mapping[str, Any], name: str = RESULT) -> None:
+    """result.json of a run, whole or not at all; its presence says that the job ended well. Or another such file."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".result-")
     with os.fdopen(handle, "w") as file:
         json.dump(record, file, indent=2, sort_keys=True)
         file.write("\n")
-    os.replace(temporary, folder / RESULT)
+    os.replace(temporary, folder / name)
 
 
 def finished_jobs(runs: Path, key: str, name: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,15 +17,17 @@ import torch
 from crab import train as schedule
 from crab.adapter import health, record_routing
 from crab.model.artifact import save_model
-from crab.model.build import build_model
+from crab.model.build import bare_llm, build_model
 from crab.model.collate import Collator
+from crab.model.config import CrabConfig
+from crab.model.crab_model import CrabModel
 from crab.model.llm import load_tokenizer
 from crab.model.recompute import recompute_activations
 from crab.model.sequences import num_tokens
 from crab_platform.catalog import Manifest
-from crab_platform.identity import digest
-from jobs.data import Dataset, load_dataset, samples_digest
-from jobs.features import FeatureReader, Item, usable
+from jobs.chosen import choose, data_digest
+from jobs.features import FeatureReader, Item
+from jobs.partition import parts_of_equal_sum, parts_of_equal_work
 from jobs.prefetch import Prefetch
 from jobs.presets import crab_model_config
 from jobs.spec import SpecError, TrainSpec
@@ -34,61 +36,6 @@ _SAMPLE_WORK = 100
 """What the projectors cost for one clip, in positions of the language model (tiny preset, CPU: 17 ms and 0.17 ms)."""
 _MASK_FRAME_WORK = 75
 """What the mask decoder costs for one frame, likewise (13 ms). In a large model both are less, and parts less even."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The samples of a run. The same in every process: a function of the spec, the data and the manifest."""
-
-    items: list[Item]
-    """What is learnt from."""
-    probes: list[Item]
-    """What is asked at the end, and never learnt from."""
-    left_out: dict[str, int]
-    """How many could not be used, by reason."""
-
-
-def choose(spec: TrainSpec, manifest: Manifest) -> Chosen:
-    """The samples of a train job, and those that it asks at its end."""
-    datasets = [load_dataset(source, spec.features.tasks) for source in spec.data]
-    return choose_items(datasets, manifest, spec.tasks, spec.parse_rate_samples)
-
-
-def choose_items(
-    datasets: Sequence[Dataset], manifest: Manifest, tasks: Sequence[str], num_probes: int
-) -> Chosen:
-    """The train samples that have label and features, less up to `num_probes` of each task that are only asked.
-
-    Those come from the split val where it has the task; else they are the last train samples, a tenth at most.
-    """
-    found = usable(datasets, manifest, tasks, "train")
-    has_val = any(s.split == "val" and s.task in tasks for d in datasets for s in d.samples)
-    val = usable(datasets, manifest, tasks, "val").items if num_probes and has_val else []
-    val_of, train_of = _by_task(val), _by_task(found.items)
-    probes: list[Item] = []
-    for task, items in train_of.items():
-        kept = min(num_probes, len(items) // 10)
-        probes += val_of[task][:num_probes] if task in val_of else items[len(items) - kept :]
-    aside = {item.sample.id for item in probes}
-    return Chosen(
-        items=[item for item in found.items if item.sample.id not in aside],
-        probes=probes,
-        left_out=found.left_out,
-    )
-
-
-def _by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.sample.task, []).append(item)
-    return groups
-
-
-def data_digest(manifest: Manifest, items: Sequence[Item]) -> str:
-    """What is learnt from: the features by their manifest, and what is asked and answered."""
-    return digest(
-        {"manifest": manifest.digest, "samples": samples_digest(item.sample for item in items)}
-    )
 
 
 def micro_batch_size(spec: TrainSpec) -> int:
@@ -102,58 +49,16 @@ def micro_batch_size(spec: TrainSpec) -> int:
     return spec.optimisation.batch_size // parts
 
 
-def parts_of_equal_work(
-    lengths: Sequence[int], extras: Sequence[int], num_parts: int
-) -> list[slice]:
-    """Cuts a batch into consecutive parts, none empty, so that the largest work is as small as can be.
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """Samples and what of them does not depend on the step."""
 
-    `lengths` ascend. The work of a part is its number of samples times its longest, which the others are padded to, and
-    the `extras` of its samples. Where tasks differ in length, parts of equal number would differ twofold, and half of
-    the work would be padding. Raises ValueError for more parts than samples.
-    """
-    count = len(lengths)
-    before = [0, *itertools.accumulate(extras)]
-    if not 1 <= num_parts <= count:
-        raise ValueError(f"{count} samples do not make {num_parts} parts")
-    # best[k][n]: the largest work when the first n samples make k parts, and where the last part starts.
-    best = [[(0, 0)] + [(lengths[-1] * count + before[-1], 0)] * count]
-    for parts in range(1, num_parts + 1):
-        row = [(0, 0)] * (count + 1)
-        for end in range(parts, count + 1):
-            row[end] = min(
-                (
-                    max(
-                        best[parts - 1][start][0],
-                        (end - start) * lengths[end - 1] + before[end] - before[start],
-                    ),
-                    start,
-                )
-                for start in range(parts - 1, end)
-            )
-        best.append(row)
-    ends, end = [], count
-    for parts in range(num_parts, 0, -1):
-        ends.append(end)
-        end = best[parts][end][1]
-    starts = [0, *ends[:0:-1]]
-    return [slice(start, end) for start, end in zip(starts, reversed(ends), strict=True)]
-
-
-def parts_of_equal_sum(works: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Numbers of the samples in each of `num_parts` parts, none empty, whose sums of `works` are nearly alike.
-
-    The largest first, each to the part that has least: the largest part has at most a third more than it must
-    (R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969). Raises ValueError for more parts than samples.
-    """
-    if not 1 <= num_parts <= len(works):
-        raise ValueError(f"{len(works)} samples do not make {num_parts} parts")
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    loads = [(0, part) for part in range(num_parts)]
-    for index in sorted(range(len(works)), key=lambda index: (-works[index], index)):
-        load, part = loads[0]
-        parts[part].append(index)
-        heapq.heapreplace(loads, (load + works[index], part))
-    return [sorted(part) for part in parts]
+    items: list[Item]
+    tasks: list[str]
+    target_tokens: list[int]
+    mask_frames: list[int]
+    lengths: list[int]
+    """Positions in the language model, without the few of the prompt's template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,41 +72,68 @@ class _Part:
     """Whether the routers are looked at."""
 
 
+def _asked(spec: TrainSpec, manifest: Manifest, config: CrabConfig) -> tuple[Any, ...]:
+    """All that the samples of a recipe and their lengths depend on."""
+    said = spec.data, spec.features, spec.tasks, spec.validation, spec.parse_rate_samples
+    return said, manifest.digest, config.model_dump(exclude={"adapter"})
+
+
 class CrabRecipe:
     """Crab as `crab_platform.training` runs it: model, batches and losses of every step."""
 
     def __init__(
-        self, spec: TrainSpec, manifest: Manifest, adapter: Path, lineage: Mapping[str, Any]
+        self,
+        spec: TrainSpec,
+        manifest: Manifest,
+        adapter: Path,
+        lineage: Mapping[str, Any],
+        kept: CrabRecipe | None = None,
     ) -> None:
+        """`kept` is a recipe that is done with: its language model and its samples are taken over where they are the
+        same, which saves reading them again. Without ZeRO only, which leaves weights as they were."""
         config = crab_model_config(spec.model)
         assert config.llm.path is not None
         self._spec, self._adapter, self._lineage = spec, adapter, dict(lineage)
         self._tokenizer = load_tokenizer(config.llm.path)
-        self._crab = build_model(config, self._tokenizer)
+        same_llm = kept is not None and kept._crab.config.llm == config.llm
+        llm = bare_llm(kept._crab) if kept is not None and same_llm else None
+        self._crab: CrabModel = build_model(config, self._tokenizer, llm)
         if spec.workers.activation_checkpointing:
             recompute_activations(self._crab)
         self._has_routers = health.has_choice(self._crab)
         self.model: torch.nn.Module = self._crab
         self.num_steps = spec.optimisation.steps
         self._collate = Collator(config, self._tokenizer, self._crab.table)
-        self._items = choose(spec, manifest).items
-        self.data = data_digest(manifest, self._items)
+        self._asked = _asked(spec, manifest, config)
+        if kept is not None and kept._asked == self._asked:
+            self._train: _Samples = kept._train
+            self._held_out: _Samples = kept._held_out
+            self.data: str = kept.data
+        else:
+            chosen = choose(spec, manifest)
+            self._train = self._samples(chosen.items, manifest)
+            self._held_out = self._samples(chosen.held_out, manifest)
+            self.data = data_digest(manifest, chosen.items)
         self._reader = FeatureReader(spec.features, manifest, self._collate.layers)
-        samples = [item.sample for item in self._items]
-        self._target_tokens = [self._collate.num_target_tokens(sample) for sample in samples]
-        self._mask_frames = [self._collate.num_mask_frames(sample) for sample in samples]
-        self._lengths = [
-            self._length(item, tokens, manifest)
-            for item, tokens in zip(self._items, self._target_tokens, strict=True)
-        ]
-        self._task_of = [sample.task for sample in samples]
-        self._tasks = sorted(set(self._task_of))
+        self._tasks = sorted(set(self._train.tasks))
         self._packs = spec.optimisation.batches == "packed"
         self._prefetch: Prefetch[_Part, dict[str, Any]] | None = None
         self._place: tuple[int, int] | None = None
 
+    def _samples(self, items: Sequence[Item], manifest: Manifest) -> _Samples:
+        target_tokens = [self._collate.num_target_tokens(item.sample) for item in items]
+        return _Samples(
+            items=list(items),
+            tasks=[item.sample.task for item in items],
+            target_tokens=target_tokens,
+            mask_frames=[self._collate.num_mask_frames(item.sample) for item in items],
+            lengths=[
+                self._length(item, tokens, manifest)
+                for item, tokens in zip(items, target_tokens, strict=True)
+            ],
+        )
+
     def _length(self, item: Item, target_tokens: int, manifest: Manifest) -> int:
-        """Positions of a sample in the language model, without the few of the prompt's template."""
         positions = target_tokens + len(self._tokenizer(item.sample.instruction)["input_ids"])
         for ref in item.media:
             entry = manifest.row(ref.source, ref.stream).entry
@@ -241,16 +173,22 @@ class CrabRecipe:
 
     def _parts(self, step: int, rank: int, world_size: int) -> list[_Part]:
         """This rank's parts of the global batch: all of equal work, as ranks wait for each other in each."""
-        indices = self._indices(step)
-        normalizers = (
-            float(sum(self._target_tokens[index] for index in indices)),
-            float(sum(self._mask_frames[index] for index in indices)),
-        )
-        indices.sort(key=lambda index: self._lengths[index])
-        lengths = [self._lengths[index] for index in indices]
-        extras = [_SAMPLE_WORK + _MASK_FRAME_WORK * self._mask_frames[index] for index in indices]
         # Not of the workers that there are: they may be fewer than the spec's, and learn the same.
         num_parts = self._spec.workers.count * self._spec.workers.micro_batches
+        parts = self._cut(self._train, self._indices(step), num_parts, looks=self._looks(step))
+        return parts[rank::world_size]
+
+    def _cut(
+        self, samples: _Samples, indices: list[int], num_parts: int, *, looks: bool
+    ) -> list[_Part]:
+        """The samples of these numbers in parts of nearly equal work."""
+        normalizers = (
+            float(sum(samples.target_tokens[index] for index in indices)),
+            float(sum(samples.mask_frames[index] for index in indices)),
+        )
+        indices = sorted(indices, key=lambda index: samples.lengths[index])
+        lengths = [samples.lengths[index] for index in indices]
+        extras = [_SAMPLE_WORK + _MASK_FRAME_WORK * samples.mask_frames[index] for index in indices]
         if self._packs:
             works = [length + extra for length, extra in zip(lengths, extras, strict=True)]
             parts = [[indices[n] for n in part] for part in parts_of_equal_sum(works, num_parts)]
@@ -258,12 +196,27 @@ class CrabRecipe:
             parts = [indices[part] for part in parts_of_equal_work(lengths, extras, num_parts)]
         return [
             _Part(
-                items=[self._items[index] for index in part],
+                items=[samples.items[index] for index in part],
                 normalizers=normalizers,
-                looks=self._looks(step),
+                looks=looks,
             )
-            for part in parts[rank::world_size]
+            for part in parts
         ]
+
+    def validation_batches(self, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+        count = len(self._held_out.items)
+        if count < world_size:
+            raise SpecError(
+                f"{count} samples are held out for validation, fewer than the {world_size} workers that share them: "
+                "raise validation.samples_per_task, or give more data (a tenth of a task's samples at most is held out)"
+            )
+        # As large as in training, and as many on every rank.
+        rounds = min(
+            math.ceil(count / (world_size * micro_batch_size(self._spec))), count // world_size
+        )
+        parts = self._cut(self._held_out, list(range(count)), rounds * world_size, looks=False)
+        for part in parts[rank::world_size]:
+            yield from self._batches([part])
 
     def _batches(self, parts: Sequence[_Part]) -> Iterator[dict[str, Any]]:
         """The batches of several parts, whose features are read at once."""
@@ -292,12 +245,14 @@ class CrabRecipe:
         """The global batch of a step, as `optimisation.sampling` says."""
         values = self._spec.optimisation
         if values.sampling == "proportional":
-            return schedule.batch_indices(values.seed, step, values.batch_size, len(self._items))
+            return schedule.batch_indices(
+                values.seed, step, values.batch_size, len(self._train.items)
+            )
         weights = None
         if not isinstance(values.sampling, str):
             weights = {task: values.sampling.get(task, 1.0) for task in self._tasks}
         return schedule.balanced_indices(
-            values.seed, step, values.batch_size, self._task_of, weights
+            values.seed, step, values.batch_size, self._train.tasks, weights
         )
 
     def loss(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
-    AfterValidator,
     Field,
     TypeAdapter,
     ValidationError,
@@ -22,49 +21,19 @@ from pydantic import (
 
 from crab.encoders.config import EncoderConfig
 from crab.sampling import AudioSampling, VideoSampling
-from crab.tasks import TASKS
-from crab_platform import elastic, offload
 from crab_platform.identity import digest
-from crab_platform.offload import Offload
 from jobs.spec_base import Place as Place
 from jobs.spec_base import Record as Record
-from jobs.spec_base import absolute_sqlite
 from jobs.spec_cache import CachePlace, DecodedWindows
+from jobs.spec_common import DataSource as DataSource
+from jobs.spec_common import Features as Features
+from jobs.spec_common import Job as Job
+from jobs.spec_common import Tasks
 from jobs.spec_errors import SpecError as SpecError
 from jobs.spec_errors import explain
+from jobs.spec_train import Model as Model
+from jobs.spec_train import TrainSpec as TrainSpec
 from jobs.spec_yaml import read_yaml
-
-
-def _known_tasks(names: list[str]) -> list[str]:
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"{name!r} is no task; known are {', '.join(TASKS)}")
-    return names
-
-
-Tasks = Annotated[
-    list[str],
-    AfterValidator(_known_tasks),
-    Field(default_factory=lambda: list(TASKS), min_length=1),
-]
-"""Names of tasks; all when left out."""
-
-
-class DataSource(Record):
-    """Clips and what is asked about them, or loose media files."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    """Stands in manifests instead of the folder, so that a data set has the same name on every machine."""
-    samples: Place | None = None
-    """A samples.jsonl, or the samples.json of Crab's own examples."""
-    files: Place | None = None
-    """A folder: every file below it, each with the streams that its kind has."""
-
-    @model_validator(mode="after")
-    def _one(self) -> DataSource:
-        if (self.samples is None) == (self.files is None):
-            raise ValueError(f"data source {self.name!r}: give either samples or files")
-        return self
 
 
 class Sampling(Record):
@@ -125,24 +94,6 @@ class Pipeline(Record):
     clips_per_decode: int = Field(default=8, ge=1)
 
 
-class Tracking(Record):
-    uri: Annotated[str, AfterValidator(absolute_sqlite)] = Field(
-        default="sqlite:///work/mlflow.db", validate_default=True
-    )
-    experiment: str = "crab"
-
-
-class Job(Record):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    runs: Place = Field(default="work/runs", validate_default=True)
-    """Folder of all runs; this one's is runs/name."""
-    tracking: Tracking = Field(default_factory=Tracking)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs) / self.name
-
-
 class SynthSpec(Job):
     """Makes AV-Shapes, as `crab synth` does: clips that are there already are not made again."""
 
@@ -166,112 +117,6 @@ class PreprocessSpec(Job):
     encoders: Encoders = Encoders()
     decode: Decode = Decode()
     pipeline: Pipeline = Pipeline()
-
-
-class Features(Record):
-    """Cached features to read: which cache, and exactly which manifest of it."""
-
-    cache: CachePlace
-    manifest: str
-    """A manifest's digest, or the name of a preprocess job whose last manifest is meant."""
-    tasks: dict[str, Literal["music-avqa"]] = Field(default_factory=dict)
-    """As `sampling.tasks` of the preprocess job."""
-
-
-class Model(Record):
-    """A preset and what differs from it, by the names of crab.model.config.CrabConfig."""
-
-    preset: Literal["tiny", "paper"] = "tiny"
-    llm: Place | None = None
-    """Folder of another Hugging Face causal LM, with its tokenizer."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """For example {"adapter": {"num_heads": 4}}."""
-
-
-TaskWeight = Annotated[float, Field(gt=0)]
-
-
-class Optimisation(Record):
-    """What is learnt and how. All of it is identity."""
-
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    """Samples of one optimizer step, over all workers and micro batches."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=42, ge=0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    sampling: Literal["proportional", "balanced"] | dict[str, TaskWeight] = "proportional"
-    """Which samples a step takes: each as often as any other, each task as often as any other, or tasks by weight
-    (a task that is not named has weight 1)."""
-    batches: Literal["packed", "padded"] = "packed"
-    """How samples stand in a micro batch: one after the other without padding, or each in a row that is padded to the
-    longest. Both learn the same but for rounding and dropout; `padded` is for language models that cannot keep packed
-    samples apart."""
-
-
-class Workers(Record):
-    """How training is placed."""
-
-    count: int = Field(default=2, ge=1)
-    min_count: int | None = Field(default=None, ge=1)
-    """So few workers will do where the cluster has no room for `count`; each then takes more micro batches, and what is
-    learnt stays the same. Without it, a run waits for room."""
-    cpus: float = Field(default=1, gt=0)
-    gpu: bool = False
-    micro_batches: int = Field(default=1, ge=1)
-    zero_stage: Literal[0, 2, 3] = 3
-    offload: Offload = "none"
-    """What lies in the host's memory instead of the GPU's: Adam's state (ZeRO-2 and 3), or all weights as well (3)."""
-    activation_checkpointing: bool = False
-    """Backward computes each layer of the language model again: less memory, a third more work, the same bits."""
-    health_every: int = Field(default=10, ge=0)
-    """Every so many steps the metrics say how the adapter's routers use their heads; 0 for never."""
-    checkpoint_every: int = Field(default=50, ge=1)
-    max_failures: int = Field(default=3, ge=-1)
-    prefetch: int = Field(default=2, ge=0)
-    """So many micro batches are read and made ready ahead of time, by a thread in each worker; 0: no thread."""
-    changed_data: Literal["refuse", "continue"] = "refuse"
-    """What is done where a checkpoint of this run has learnt from other samples or features than there are now."""
-
-    @model_validator(mode="after")
-    def _can_offload(self) -> Workers:
-        if objection := offload.objection(self.offload, self.zero_stage):
-            raise ValueError(objection)
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_fewer(self) -> Workers:
-        if objection := elastic.objection(self.min_count, self.count, self.micro_batches):
-            raise ValueError(objection)
-        return self
-
-
-class TrainSpec(Job):
-    """Cached features become an adapter with its projectors."""
-
-    job: Literal["train"]
-    data: list[DataSource] = Field(min_length=1)
-    features: Features
-    tasks: Tasks
-    model: Model = Model()
-    optimisation: Optimisation
-    workers: Workers = Workers()
-    parse_rate_samples: int = Field(default=4, ge=0)
-    """So many samples of each task are answered at the end, to log how many answers can be read; 0 for none. They come
-    from the split val, or else are kept out of training (at most a tenth of a task's samples)."""
-
-    @model_validator(mode="after")
-    def _weights_of_its_tasks(self) -> TrainSpec:
-        weights = self.optimisation.sampling
-        if not isinstance(weights, str) and (strange := sorted(weights.keys() - set(self.tasks))):
-            raise ValueError(
-                f"optimisation.sampling weighs {', '.join(strange)}, which is not among tasks: "
-                f"{', '.join(self.tasks)}"
-            )
-        return self
 
 
 class EvaluateSpec(Job):

@@ -20,11 +20,12 @@ from crab_platform.training import Recipe, TrainingConfig, train
 from jobs.adapters import adapter_digest
 from jobs.answers import Asking, ask
 from jobs.caches import held, record_reading
+from jobs.chosen import Chosen, choose
 from jobs.data import samples_digest
 from jobs.features import Item, open_manifest
 from jobs.output import RESULT, line, progress, read_result, table, write_result
 from jobs.presets import crab_model_config, llm_digest
-from jobs.recipe import Chosen, CrabRecipe, choose, micro_batch_size
+from jobs.recipe import CrabRecipe, micro_batch_size
 from jobs.spec import SpecError, TrainSpec, record_digest, spec_digest, spec_record
 
 _PLACEMENT = ("name", "runs", "tracking", "workers", "features")
@@ -37,9 +38,11 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     """Trains, exports, and returns result.json of the run. A run that is complete is not done again."""
     manifest = open_manifest(spec.features, spec.runs)
     chosen = choose(spec, manifest)
-    base, model = _model_digests(spec)
+    base, model = model_digests(spec)
     # What is learnt: the spec without its placement, the model as it is resolved, the features, and what is asked.
-    learner = {"spec": spec_digest(spec, (*_PLACEMENT, "model")), "model": model}
+    # A spec without validation means what it meant before there was one.
+    unsaid = () if spec.validation else ("validation",)
+    learner = {"spec": spec_digest(spec, (*_PLACEMENT, *unsaid, "model")), "model": model}
     samples = samples_digest(item.sample for item in chosen.items)
     identity = digest(learner | {"manifest": manifest.digest, "samples": samples})
     finished = read_result(spec.folder)
@@ -56,24 +59,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     # Without the data: a checkpoint of other data lies here, and is refused, instead of being passed over unseen.
     folder = spec.folder / digest(learner)[:12]
     adapter = folder / "adapter"
-    config = TrainingConfig(
-        name="ray",
-        storage_path=str(folder),
-        num_workers=spec.workers.count,
-        min_workers=spec.workers.min_count,
-        cpus_per_worker=spec.workers.cpus,
-        use_gpu=spec.workers.gpu,
-        micro_batches=spec.workers.micro_batches,
-        micro_batch_size=micro_batch_size(spec),
-        zero_stage=spec.workers.zero_stage,
-        offload=spec.workers.offload,
-        dtype=spec.optimisation.dtype,
-        max_grad_norm=spec.optimisation.max_grad_norm,
-        weight_decay=spec.optimisation.weight_decay,
-        checkpoint_every=spec.workers.checkpoint_every,
-        max_failures=spec.workers.max_failures,
-        changed_data=spec.workers.changed_data,
-    )
+    config = training_config(spec, folder)
     losses: list[float] = []
     alarm = Alarm()
     with (
@@ -135,7 +121,30 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     return result
 
 
-def _model_digests(spec: TrainSpec) -> tuple[str, str]:
+def training_config(spec: TrainSpec, folder: Path) -> TrainingConfig:
+    """How a train job is run; its checkpoints lie below `folder`."""
+    return TrainingConfig(
+        name="ray",
+        storage_path=str(folder),
+        num_workers=spec.workers.count,
+        min_workers=spec.workers.min_count,
+        cpus_per_worker=spec.workers.cpus,
+        use_gpu=spec.workers.gpu,
+        micro_batches=spec.workers.micro_batches,
+        micro_batch_size=micro_batch_size(spec),
+        zero_stage=spec.workers.zero_stage,
+        offload=spec.workers.offload,
+        dtype=spec.optimisation.dtype,
+        max_grad_norm=spec.optimisation.max_grad_norm,
+        weight_decay=spec.optimisation.weight_decay,
+        checkpoint_every=spec.workers.checkpoint_every,
+        validate_every=spec.validation.every if spec.validation else 0,
+        max_failures=spec.workers.max_failures,
+        changed_data=spec.workers.changed_data,
+    )
+
+
+def model_digests(spec: TrainSpec) -> tuple[str, str]:
     """(digest of the language model, digest of the whole model before training), wherever their files lie."""
     config = crab_model_config(spec.model)
     if config.llm.path is None:

@@ -4,7 +4,7 @@ The adapter goes on before the projectors exist: matching by name suffix (`q_pro
 model would also hit whatever else has such a layer.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -36,6 +36,15 @@ def build_model(
     if config.initial is not None:
         load_initial(model, config.initial)
     return model.train()
+
+
+def bare_llm(model: CrabModel) -> PreTrainedModel:
+    """The language model of `model` without its adapter, to build another one with; `model` is done with after this."""
+    if not isinstance(model.llm, PeftModel):
+        return model.llm
+    bare = model.llm.unload()
+    bare.requires_grad_(False)
+    return cast(PreTrainedModel, bare)
 
 
 def add_adapter(llm: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel | PeftModel:

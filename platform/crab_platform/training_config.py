@@ -47,6 +47,12 @@ class Recipe(Protocol):
         on the CPU where they were no scalars. `tokens` and `supervised_tokens` (numbers of a step) become rates too."""
         ...
 
+    def validation_batches(self, rank: int, world_size: int) -> Iterator[Any]:
+        """Batches for `loss` of what is held out, the same number on every rank, at least one; only asked for where the
+        configuration says `validate_every`. Added up over all of them, their losses give the loss of what is held out.
+        """
+        ...
+
     def seed(self, step: int, micro: int, rank: int) -> int:
         """Seed of the random numbers (dropout) that one micro batch draws."""
         ...
@@ -92,6 +98,8 @@ class TrainingConfig:
     are killed and started again, which counts as a failure."""
     changed_data: Literal["refuse", "continue"] = "refuse"
     """What is done with a checkpoint that has learnt from other data than there is now."""
+    validate_every: int = 0
+    """Every so many steps, and after the last, the metrics tell the loss of what is held out; 0 for never."""
     log_every: int = 1
     max_failures: int = 3
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -9,10 +9,10 @@ import pytest
 from crab.samples import MaskRef, Sample, write_samples
 from crab_platform.catalog import Manifest, ManifestRow, build_manifest
 from crab_platform.packs import Entry
+from jobs.chosen import choose_items
 from jobs.data import Dataset, load_dataset, samples_digest
 from jobs.evaluate import choose_asked
 from jobs.features import usable
-from jobs.recipe import choose_items
 from jobs.spec import DataSource, SpecError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.recipe import parts_of_equal_sum, parts_of_equal_work
+from jobs.partition import parts_of_equal_sum, parts_of_equal_work
 
 
 def work(lengths: list[int], extras: list[int], part: slice) -> int:
