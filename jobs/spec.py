@@ -33,6 +33,7 @@ from jobs.spec_errors import SpecError as SpecError
 from jobs.spec_errors import explain
 from jobs.spec_train import Model as Model
 from jobs.spec_train import TrainSpec as TrainSpec
+from jobs.spec_tune import TuneSpec as TuneSpec
 from jobs.spec_yaml import read_yaml
 
 
@@ -170,12 +171,13 @@ class ReportSpec(Job):
     """Of each task."""
 
 
-Step = SynthSpec | PreprocessSpec | TrainSpec | EvaluateSpec | ReportSpec | PretrainSpec
+Step = SynthSpec | PreprocessSpec | TrainSpec | TuneSpec | EvaluateSpec | ReportSpec | PretrainSpec
 """A job that does one thing."""
 _KINDS: dict[str, type[Job]] = {
     "synth": SynthSpec,
     "preprocess": PreprocessSpec,
     "train": TrainSpec,
+    "tune": TuneSpec,
     "evaluate": EvaluateSpec,
     "report": ReportSpec,
     "pretrain": PretrainSpec,

@@ -1,6 +1,6 @@
 """What each record means to MLflow, done so that doing it again changes nothing.
 
-run      found by our own id in the tag `crab.run`, else created; with `resume` the newest that is not FINISHED
+run      found by our own id in the tag `crab.run`, else created; with `resume` the newest of that identity
 metrics  one value for each (run, key, step): the first that came; asked back from the server on any doubt
 params, text, tag, dataset, file, end      the same twice is the same as once
 """
@@ -128,9 +128,9 @@ class Records:
         experiment = self._experiment(record["experiment"], record["artifacts"])
         found = self.created(experiment, record["id"])
         if found is None and record["resume"]:
-            same = (
-                f"tags.`{IDENTITY_TAG}` = '{record['resume']}' and attributes.status != 'FINISHED'"
-            )
+            same = f"tags.`{IDENTITY_TAG}` = '{record['resume']}'"
+            if not record.get("resume_finished"):  # spools of before have no such word
+                same += " and attributes.status != 'FINISHED'"
             found = self._newest(experiment, same)
             if found is not None:
                 ids = [*found.data.tags.get(ID_TAG, "").split(), record["id"]]

@@ -121,6 +121,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     folder: Path | None = None,
     resume: str | None = None,
+    resume_finished: bool = False,
 ) -> Iterator[Run]:
     """A run for the length of the block: FINISHED at its end, FAILED when it raises, KILLED on Ctrl-C.
 
@@ -133,6 +134,7 @@ def start_run(
         folder: of the job; the spool lies below it. Else work/runs/NAME.
         resume: what is trained, as a digest: the newest run of the experiment with this tag `identity` that is not
             FINISHED is continued, and steps that it has are not logged again. Without one, a new run gets the tag.
+        resume_finished: also one that is FINISHED: of this identity there is one run and never another.
     """
     if resume is not None and not re.fullmatch(r"[\w.:-]+", resume):
         raise ValueError(f"resume is {resume!r}; expected letters, digits and any of . : _ -")
@@ -150,6 +152,7 @@ def start_run(
         "name": name,
         "tags": own | dict(tags or {}),
         "resume": resume,
+        "resume_finished": resume_finished,
         "time": _now_ms(),
     }
     if tracking_uri.startswith(_SQLITE):
