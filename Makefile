@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter bench-cache bench-dtypes bench-plan bench-train replay lock clean
+.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter bench-cache bench-dtypes bench-plan bench-train bench-tune replay lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,10 +46,14 @@ types: setup  ## mypy: strict for crab_platform and jobs
 imports: setup  ## import-linter: the arrows between the packages
 	$(BIN)/lint-imports
 
-bench: bench-cache bench-dtypes bench-plan bench-train  ## all benchmarks
+bench: bench-cache bench-dtypes bench-plan bench-train bench-tune  ## all benchmarks
 
 bench-train: setup  ## adapter, ZeRO-3, Ray Train, batches, waiting for data, checkpoints, each beside its peers
 	@status=0; for part in adapter_layer train_zero train_batches train_reading train_checkpoint; do \
+	  PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/$$part.py || status=1; done; exit $$status
+
+bench-tune: setup  ## sweeps: what a trial costs, what ASHA and the cache save
+	@status=0; for part in tune_overhead tune_asha tune_cache; do \
 	  PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/$$part.py || status=1; done; exit $$status
 
 bench-adapter: setup  ## the part of bench-train that is about the interaction LoRA's layer, PEFT's and a loop over heads

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from crab_platform.cache import FeatureCache
 from jobs.caches import open_cache
-from jobs.spec import EvaluateSpec, PreprocessSpec, SequenceSpec, Spec, SpecError, TrainSpec
+from jobs.spec import (
+    EvaluateSpec,
+    PreprocessSpec,
+    SequenceSpec,
+    Spec,
+    SpecError,
+    TrainSpec,
+    TuneSpec,
+)
 from jobs.spec import load_spec as load_spec
 from jobs.spec_cache import Cache
 
@@ -63,3 +71,5 @@ def _caches(spec: Spec) -> Iterator[Cache]:
         yield spec.cache
     elif isinstance(spec, TrainSpec | EvaluateSpec):
         yield spec.features.cache
+    elif isinstance(spec, TuneSpec):
+        yield spec.train.features.cache

@@ -37,6 +37,8 @@ app = typer.Typer(
 
     Before the second, and whenever you change a spec: crab plan SPEC says what is cached and why the rest is not.
 
+    Which settings are best: crab run jobs/specs/tune-heads.yaml searches them (docs/tuning.md).
+
     The same, larger and in one command: crab run jobs/specs/nine-tasks-tiny.yaml (under 45 minutes on 2 cores).
 
     Real data: crab import ave /data/AVE work/ave makes samples of an official data set.
@@ -151,7 +153,7 @@ def plan(
     whether the cache pays at all. What was never measured is called unknown.
 
     Of a train job: whether its features are there, and what each of 1, 2, 4 ... workers needs in memory. That is from
-    configurations alone; no weights are read.
+    configurations alone; no weights are read. Of a tune job also how many steps it trains at the most.
 
       crab plan jobs/specs/preprocess-shapes.yaml --profile laptop
 
@@ -185,8 +187,8 @@ def run(
 ) -> None:
     """Run a job here, on local Ray or on the Ray cluster that RAY_ADDRESS names.
 
-    A spec says what to do: synth, preprocess, train, evaluate, report, pretrain, or a sequence of these. A job that was
-    killed is started again with the same command: what was done is not done again.
+    A spec says what to do: synth, preprocess, train, tune, evaluate, report, pretrain, or a sequence of these. A job
+    that was killed is started again with the same command: what was done is not done again.
     """
     from jobs.run import run_spec
     from jobs.spec import load_spec

@@ -31,6 +31,7 @@ from jobs.spec import (
     SpecError,
     SynthSpec,
     TrainSpec,
+    TuneSpec,
 )
 from jobs.spec_cache import SIGNING_KEY_VARIABLE
 
@@ -70,11 +71,13 @@ def plan_spec(
                 continue
         elif isinstance(step, TrainSpec | EvaluateSpec):
             result = _reads(step, steps[:number])
+        elif isinstance(step, TuneSpec):
+            result = _reads(step.train, steps[:number]) | {"job": step.job, "trials": _trials(step)}
         else:
             result = {"job": step.job, "name": step.name, "cache": None}
         show_step(result)
-        if isinstance(step, TrainSpec):
-            result["memory"] = _memory(step)
+        if isinstance(step, TrainSpec | TuneSpec):
+            result["memory"] = _memory(step if isinstance(step, TrainSpec) else step.train)
         results.append(result)
     if isinstance(spec, SequenceSpec):
         return {"job": spec.job, "name": spec.name, "steps": results}
@@ -169,6 +172,23 @@ def _reads(spec: TrainSpec | EvaluateSpec, earlier: Sequence[Job]) -> dict[str, 
         "is_there": there,
         "made_by": name if name in makers else None,
     }
+
+
+def _trials(spec: TuneSpec) -> dict[str, int]:
+    """How much a sweep trains at the most, in steps of one trial; early stopping makes it less."""
+    settings = 1 + len(spec.confirm.compare)
+    steps = spec.train.optimisation.steps
+    found = {
+        "samples": spec.search.samples,
+        "steps_at_most": spec.search.samples * steps,
+        "steps_again": settings * spec.confirm.seeds * steps,
+    }
+    line(
+        f"{spec.name}: {found['samples']} samples of {', '.join(spec.space)}, {found['steps_at_most']:,} steps at "
+        f"most, then {settings} settings on {spec.confirm.seeds} seeds, {found['steps_again']:,} steps. Memory is that "
+        "of the settings in train"
+    )
+    return found
 
 
 def _memory(spec: TrainSpec) -> dict[str, Any]:

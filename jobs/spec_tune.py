@@ -92,11 +92,6 @@ class TuneSpec(Job):
             raise ValueError(
                 f"search.grace_steps {grace} is more than train.optimisation.steps {steps}: nothing would be stopped"
             )
-        if self.train.workers.count > 1:
-            raise ValueError(
-                f"train.workers.count is {self.train.workers.count}; trials of several workers are not built yet. "
-                "Set it to 1: trials run side by side instead"
-            )
         if self.budget.money is not None and self.prices is None:
             raise ValueError(
                 "budget.money needs prices: name a profile, for example prices: laptop"

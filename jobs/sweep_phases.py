@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune_spaces.space import Space
-
 from crab_platform.budget import Budget
 from crab_platform.capacity import Need
 from crab_platform.catalog import Manifest
+from crab_platform.ray_train_trial import RayTrainTrial
 from crab_platform.search import OptunaProposals, Propose, Sample, fixed
 from crab_platform.storage import open_store
 from crab_platform.sweep_tracking import SweepTracking
@@ -26,6 +25,7 @@ from jobs.sweep_record import WINNER, trial_values
 from jobs.train import training_config
 from jobs.trial_build import LABEL, SEED, TrialBuild, spec_of
 from jobs.trial_spec import examine
+from tune_spaces.space import Space
 
 _ADAPTERS = "adapters"
 
@@ -48,11 +48,15 @@ class Phases:
         workers = self.spec.train.workers
         return Need(workers=workers.count, cpus=workers.cpus, gpus=1 if workers.gpu else 0)
 
+    def check(self) -> None:
+        """Raises SpecError for a sample in the spec that cannot be: nobody should wait for the search to hear of it."""
+        for sample in (*self.spec.search.first, *self.spec.confirm.compare.values()):
+            if (objection := self._examine(sample)) is not None:
+                raise SpecError(f"sample {dict(sample)}: {objection}")
+
     def search(self, parent: Run, budget: Budget) -> Sweep:
         """All samples, early stopped as the spec says."""
         search = self.spec.search
-        for sample in search.first:
-            spec_of(self.spec.train, self.space, sample)  # a wrong one is the spec's mistake
         propose = OptunaProposals(
             space={name: p.distribution for name, p in self.space.parameters.items()},
             searcher=search.searcher,
@@ -86,8 +90,6 @@ class Phases:
             for seed in range(confirm.seeds)
             for label, sample in settings.items()
         ]
-        for sample in samples:
-            spec_of(self.spec.train, self.space, sample)
         config = SweepConfig(
             mode=self.spec.search.mode,
             num_samples=len(samples),
@@ -173,7 +175,7 @@ class Phases:
         )
         with progress(f"trials ({phase})", config.num_samples) as bar, tracked:
             return run_trials(
-                SessionTrial,
+                SessionTrial if train.workers.count == 1 else RayTrainTrial,
                 plan,
                 config,
                 propose,

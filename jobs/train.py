@@ -54,7 +54,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         else:
             line(f"{spec.name}: trained already, nothing to do. Adapter: {finished['adapter']}")
             return finished
-    _check_answers(chosen.items)
+    check_answers(chosen.items)
     _tell(spec, chosen)
     # Without the data: a checkpoint of other data lies here, and is refused, instead of being passed over unseen.
     folder = spec.folder / digest(learner)[:12]
@@ -189,7 +189,7 @@ def _parse_rates(
     return {f"parse_rate/{task}": sum(found) / len(found) for task, found in sorted(read.items())}
 
 
-def _check_answers(items: Sequence[Item]) -> None:
+def check_answers(items: Sequence[Item]) -> None:
     """A model that is shown answers which its task cannot read would learn to be scored as wrong."""
     wrong = []
     for item in items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ from jobs.spec import (
 from jobs.sweep_phases import Phases
 from jobs.sweep_record import confirmed_values, sweep_values, winner_of
 from jobs.sweep_report import make_sweep_report
-from jobs.train import model_digests
+from jobs.train import check_answers, model_digests
 from tune_spaces.space import describe, load_space
 
 SWEEP = "sweep.json"
@@ -75,6 +74,8 @@ def run(spec: TuneSpec) -> dict[str, Any]:
     phases = Phases(
         spec=spec, space=space, manifest=manifest, folder=folder, base=base, identity=identity
     )
+    check_answers(chosen.items)
+    phases.check()
     budget = Budget(
         need=phases.need,
         limits=Limits(**spec.budget.model_dump()),
@@ -173,7 +174,7 @@ def _summary(sweep: Mapping[str, Any]) -> dict[str, float]:
     found = {f"trials/{status}": float(count) for status, count in counts.items()}
     found |= {f"spent/{name}": v for name, v in spent.items() if isinstance(v, float)}
     for setting in sweep["confirmed"]:
-        name = re.sub(r"[^\w. -]", "_", setting["label"])
+        name = tracking.plain_name(setting["label"])
         for figure in ("mean", "std"):
             if setting[figure] is not None:
                 found[f"confirmed/{name}/{figure}"] = setting[figure]

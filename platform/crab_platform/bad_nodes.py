@@ -40,6 +40,8 @@ class BadNodes:
 
     def failed(self, node: str, trial: int, alive: Iterable[str]) -> bool:
         """A trial failed there; `alive` are the nodes that there are. True where it is the one too many."""
+        if not node:  # that of a trial of several workers is not known
+            return False
         self._failed[node].append(trial)
         enough = len(self._failed[node]) >= TOO_MANY and len(set(self._failed[node])) > 1
         if node in self._bad or not enough or not set(alive) - self._bad - {node}:
@@ -52,10 +54,12 @@ class BadNodes:
         return True
 
     def resources(self, need: Need) -> tune.PlacementGroupFactory:
-        """What a trial of one worker asks for, on any other node."""
+        """What the process of a trial asks for, on any other node. That of several workers only starts these, and asks
+        for next to nothing: Ray Tune wants it to be something."""
         elsewhere: dict[str, Any] = {}
         if self._bad:
             elsewhere = {"bundle_label_selector": [{_NODE: f"!in({','.join(sorted(self._bad))})"}]}
-        gpus = {"GPU": need.gpus} if need.gpus else {}
-        bundle = {"CPU": need.overhead_cpus or need.cpus, **({} if need.overhead_cpus else gpus)}
+        bundle: dict[str, float] = {"memory": 1}
+        if need.workers == 1:
+            bundle = {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})
         return tune.PlacementGroupFactory([bundle], **elsewhere)

@@ -16,12 +16,11 @@ class NoRoom(Exception):  # noqa: N818 (the condition)
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one worker of a trial takes, and how many workers there are. `overhead_cpus` is for what starts them."""
+    """What one worker of a trial takes, and how many workers there are."""
 
     workers: int
     cpus: float
     gpus: float = 0
-    overhead_cpus: float = 0
 
     def __str__(self) -> str:
         gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
@@ -43,9 +42,6 @@ def capacity(need: Need, nodes: Sequence[Mapping[str, float]], wanted: int | Non
     """
     slots = sum(_slots(need, node) for node in nodes)
     fits = slots // need.workers
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    if need.overhead_cpus:
-        fits = min(fits, int(cpus // (need.workers * need.cpus + need.overhead_cpus)))
     there = ", ".join(_said(node) for node in nodes) or "no node"
     if fits < 1:
         raise NoRoom(

@@ -41,14 +41,14 @@ class Bell:
 
 
 @contextmanager
-def rung_by_sigterm() -> Iterator[Any]:
-    """A bell that SIGTERM rings, for as long as the block lasts. Outside the main thread nothing rings it: signals do
-    not get there."""
+def rung_by_sigterm(told: threading.Event | None = None) -> Iterator[Any]:
+    """A bell that SIGTERM rings, for as long as the block lasts, and who sets `told`. Outside the main thread only that
+    does: signals do not get there."""
     import ray
 
     actor: Any = ray.remote(num_cpus=0)(Bell)
     bell = actor.remote()
-    told = threading.Event()
+    told = told or threading.Event()
 
     def ring() -> None:
         told.wait()

@@ -15,6 +15,7 @@ from ray.tune.stopper import Stopper
 from crab_platform.bad_nodes import BadNodes
 from crab_platform.budget import Budget
 from crab_platform.capacity import living_nodes
+from crab_platform.reaper import Reaper
 from crab_platform.storage import Store
 from crab_platform.trial import FATAL, LAST, NUMBER
 from crab_platform.trial_journal import TrialJournal, TrialRecord, read_trial, read_trials
@@ -49,10 +50,12 @@ class Watch(tune.Callback):
         observers: Sequence[Observer] = (),
         budget: Budget | None = None,
         bad_nodes: BadNodes | None = None,
+        reaper: Reaper | None = None,
     ) -> None:
         self._store, self._metric, self._scheduler = store, metric, scheduler
         self._observers, self._budget = observers, budget
         self._bad_nodes = bad_nodes or BadNodes()
+        self._reaper = reaper or Reaper()
         self.fatal: str | None = None
         """Why the sweep is worth nothing."""
         self.stopped_because: str | None = None
@@ -104,6 +107,7 @@ class Watch(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         result = trial.last_result
+        self._reaper.watch(TrialJournal(self._store, trial.config[NUMBER]).groups())
         if result.get(LAST):
             self._end(trial, "completed", f"all {int(result['step'])} steps")
         elif not self.is_over and "step" in result:
@@ -136,6 +140,7 @@ class Watch(tune.Callback):
         reason = last_words(trial)
         journal = TrialJournal(self._store, number)
         journal.fail(reason)
+        self._reaper.watch(journal.groups())
         starts = read_trial(self._store, number).starts
         if starts:
             alive = [node["NodeID"] for node in living_nodes()]

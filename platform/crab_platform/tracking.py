@@ -179,7 +179,7 @@ def start_run(
 @contextmanager
 def _logged(run: Run, spec: Mapping[str, Any]) -> Iterator[None]:
     """The spec before the block, and how it ended after it."""
-    params = {key: value[:_PARAM_LENGTH] for key, value in flatten(spec).items()}
+    params = {plain_name(key): value[:_PARAM_LENGTH] for key, value in flatten(spec).items()}
     status = "FAILED"
     try:
         run._log({"op": "params", "values": params})
@@ -278,6 +278,11 @@ def _artifacts(tracking_uri: str) -> str | None:
     database = Path(tracking_uri.removeprefix(prefix))
     database.parent.mkdir(parents=True, exist_ok=True)
     return (database.parent / "mlartifacts").absolute().as_uri()
+
+
+def plain_name(name: str) -> str:
+    """A name that MLflow takes for a parameter or metric: `n=1` becomes `n_1`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

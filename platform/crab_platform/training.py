@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 from crab_platform import checkpoint, nccl_watch
@@ -42,7 +43,12 @@ OnMetrics = Callable[[dict[str, float]], None]
 
 
 def train(
-    build: Callable[[], Recipe], config: TrainingConfig, on_metrics: OnMetrics | None = None
+    build: Callable[[], Recipe],
+    config: TrainingConfig,
+    on_metrics: OnMetrics | None = None,
+    *,
+    stop: Event | None = None,
+    on_group: Callable[[str], None] | None = None,
 ) -> TrainingResult:
     """Runs the recipe to its last step, resuming from the newest whole checkpoint of the same name and storage path.
 
@@ -69,8 +75,8 @@ def train(
     store = open_store(config.run)
     checkpoint.mend(store)
     with (
-        _forwarded(on_metrics) as reports,
-        rung_by_sigterm() as bell,
+        _forwarded(on_metrics, on_group) as reports,
+        rung_by_sigterm(stop) as bell,
         watched(store, config.hang_timeout_s) as board,
         nccl_watch.observed(use_gpu=config.use_gpu, hang_timeout_s=config.hang_timeout_s),
     ):
@@ -132,8 +138,11 @@ def _worker_environment(config: TrainingConfig) -> dict[str, str]:
 
 
 @contextmanager
-def _forwarded(on_metrics: OnMetrics | None) -> Iterator[Any]:
-    """A queue whose items, metrics of one step each, go to `on_metrics` in this process; None without `on_metrics`."""
+def _forwarded(
+    on_metrics: OnMetrics | None, on_group: Callable[[str], None] | None
+) -> Iterator[Any]:
+    """A queue whose items, metrics of one step each or the name of a placement group, go to these functions in this
+    process; None without `on_metrics`."""
     if on_metrics is None:
         yield None
         return
@@ -143,12 +152,15 @@ def _forwarded(on_metrics: OnMetrics | None) -> Iterator[Any]:
 
     def deliver() -> None:
         seen = 0.0
-        while (metrics := reports.get()) is not None:
-            if (
-                metrics["step"] > seen
+        while (told := reports.get()) is not None:
+            if isinstance(told, str):
+                if on_group is not None:
+                    on_group(told)
+            elif (
+                told["step"] > seen
             ):  # else it was done again after a failure, with the same result
-                seen = metrics["step"]
-                on_metrics(metrics)
+                seen = told["step"]
+                on_metrics(told)
 
     with ThreadPoolExecutor(1) as thread:
         delivered = thread.submit(deliver)

@@ -43,11 +43,15 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
 
 def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
     import ray.train
+    import ray.util
     from transformers.integrations import HfDeepSpeedConfig
 
     reports = loop_config["reports"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    if rank == 0 and reports is not None:
+        group: Any = ray.util.get_current_placement_group()
+        reports.put(str(group.id.hex()))
     wanted: TrainingConfig = loop_config["config"]
     config = wanted.with_workers(world_size)
     repeat_exactly(use_gpu=config.use_gpu)

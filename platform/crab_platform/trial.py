@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
 
 from crab_platform.session import Build, Session
@@ -83,7 +84,7 @@ class JournaledTrial(tune.Trainable):
     def _make(self) -> Result:
         began = time.monotonic()
         if not self._is_ready:
-            self._journal.start(_node())
+            self._journal.start(self._node())
             self._prepare(self._sample, self._known)
             self._is_ready = True
         before = self._known[-1].step if self._known else 0
@@ -93,12 +94,16 @@ class JournaledTrial(tune.Trainable):
             step=step,
             metrics={name: float(value) for name, value in metrics.items() if name != "step"},
             seconds=time.monotonic() - began,
-            node=_node(),
+            node=self._node(),
             at=now(),
         )
         kept = self._journal.append(len(self._known), result)
         self._known.append(kept)
         return kept
+
+    def _node(self) -> str:
+        """Ray's id of the node that does the work; "" where there may be several."""
+        return str(ray.get_runtime_context().get_node_id())
 
     @abstractmethod
     def _prepare(self, sample: Mapping[str, Any], known: Sequence[Result]) -> None:
@@ -146,9 +151,3 @@ def unreported(metric: str, metrics: Mapping[str, float]) -> str:
     """Why a sweep for this metric cannot be."""
     known = ", ".join(sorted(metrics))
     return f"no trial reports the metric {metric!r}; reported are {known}. Set search.metric to one of them"
-
-
-def _node() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())

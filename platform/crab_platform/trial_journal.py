@@ -2,6 +2,7 @@
 
     trials/00007/asked.json           the sample, written before the trial is started
     trials/00007/starts/00001.json    where and when it was started, or started again
+    trials/00007/groups/GROUP.json    a placement group that it had
     trials/00007/results/00003.json   the fourth result: its metrics, and what it took
     trials/00007/failures/00001.json  why it had to be started again
     trials/00007/end.json             how it ended
@@ -45,6 +46,7 @@ class Result:
 @dataclass(frozen=True, kw_only=True)
 class Start:
     node: str
+    """Ray's id; "" for a trial of several workers."""
     at: str
 
 
@@ -127,6 +129,17 @@ class TrialJournal:
     def start(self, node: str) -> None:
         """Keeps that the trial is worked on from now on, there."""
         self._add("starts", Start(node=node, at=now()))
+
+    def group(self, name: str) -> None:
+        """Keeps that it had a placement group of this id."""
+        try:
+            self._create(f"groups/{name}.json", {"at": now()})
+        except AlreadyExists:
+            return
+
+    def groups(self) -> list[str]:
+        """All placement groups that it ever had."""
+        return [p.rpartition("/")[2][:-5] for p in self.store.list(f"{self.folder}/groups")]
 
     def fail(self, reason: str) -> None:
         """Keeps why the trial has to be started again."""

@@ -24,6 +24,7 @@ from ray.tune.search import ConcurrencyLimiter
 from crab_platform.bad_nodes import BadNodes
 from crab_platform.budget import Budget
 from crab_platform.capacity import Capacity, Need, capacity, living_nodes
+from crab_platform.reaper import Reaper
 from crab_platform.search import JournaledSearch, Mode, Propose, Sample
 from crab_platform.storage import open_store
 from crab_platform.sweep_watch import Observer, SweepStopper, Watch
@@ -88,7 +89,7 @@ def run_trials(
         config.need, [node["Resources"] for node in living_nodes()], config.max_concurrent
     )
     store = open_store(plan.url)
-    bad_nodes = BadNodes()
+    bad_nodes, reaper = BadNodes(), Reaper()
     watch = Watch(
         store,
         metric=plan.metric,
@@ -96,6 +97,7 @@ def run_trials(
         observers=observers,
         budget=budget,
         bad_nodes=bad_nodes,
+        reaper=reaper,
     )
     search = JournaledSearch(
         store,
@@ -107,6 +109,7 @@ def run_trials(
     )
     if not watch.is_over:
         _fit(trainable, plan, config, search, watch, bad_nodes, room)
+        reaper.close()
     trials = read_trials(store)
     has_result = any(record.results for record in trials)
     if watch.fatal is not None or (search.refusal is not None and not has_result):

@@ -141,7 +141,6 @@ NODE = {"CPU": 4.0, "GPU": 2.0}
         (Need(workers=1, cpus=3), [NODE, NODE], None, 2),  # 8 CPUs, but no node has 6
         (Need(workers=1, cpus=1, gpus=1), [NODE, {"CPU": 16.0}], None, 2),
         (Need(workers=2, cpus=1, gpus=1), [NODE, NODE], None, 2),
-        (Need(workers=2, cpus=1, overhead_cpus=1), [{"CPU": 5.0}], None, 1),
         (Need(workers=1, cpus=0.5, gpus=0.25), [NODE], 100, 8),
     ],
 )  # fmt: skip

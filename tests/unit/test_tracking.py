@@ -15,7 +15,7 @@ def test_a_run_holds_spec_commit_data_metrics_and_files(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/deep/mlflow.db"
     note = tmp_path / "note.txt"
     note.write_text("hello")
-    spec = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 7000}
+    spec = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 7000, "n=1": 3}
     with start_run(uri, "experiment", "name", spec=spec, tags={"identity": "i"}) as run:
         run.metrics({"loss": 2.0}, step=1)
         run.metrics({"loss": 1.0, "loss/ave": 0.5}, step=2)
@@ -25,6 +25,7 @@ def test_a_run_holds_spec_commit_data_metrics_and_files(tmp_path: Path) -> None:
     found = client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.params["a.b"] == "1"
+    assert found.data.params["n_1"] == "3", "MLflow takes no equals sign"
     assert len(found.data.params["d"]) == 6000
     assert found.data.metrics == {"loss": 1.0, "loss/ave": 0.5}
     assert [m.value for m in client.get_metric_history(run.run_id, "loss")] == [2.0, 1.0]
