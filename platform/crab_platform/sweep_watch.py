@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from ray import tune
@@ -166,13 +167,16 @@ class _Nothing(tune.Callback):
 class SweepStopper(Stopper):
     """Stops all trials when the watch says so."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, watch: Watch, told: Event) -> None:
+        """`told` is set when somebody wants the sweep to stop."""
+        self._watch, self._told = watch, told
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        if self._told.is_set():
+            self._watch.stopped_because = "it was told to stop"
         return self._watch.is_over
 
     def __reduce__(self) -> tuple[type[_Nothing], tuple[()]]:

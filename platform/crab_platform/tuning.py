@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, Literal
 
 from ray import tune
@@ -24,6 +28,7 @@ from ray.tune.search import ConcurrencyLimiter
 from crab_platform.bad_nodes import BadNodes
 from crab_platform.budget import Budget
 from crab_platform.capacity import Capacity, Need, capacity, living_nodes
+from crab_platform.notice import Stopped
 from crab_platform.reaper import Reaper
 from crab_platform.search import JournaledSearch, Mode, Propose, Sample
 from crab_platform.storage import open_store
@@ -84,6 +89,7 @@ def run_trials(
     Raises:
         NoRoom: the cluster has no room for a single trial.
         SweepFailed: impossible samples only, a metric that is not reported, trials that all fail.
+        Stopped: SIGTERM came.
     """
     room = capacity(
         config.need, [node["Resources"] for node in living_nodes()], config.max_concurrent
@@ -108,8 +114,13 @@ def run_trials(
         mode=config.mode,
     )
     if not watch.is_over:
-        _fit(trainable, plan, config, search, watch, bad_nodes, room)
+        with _sigterm() as told:
+            _fit(trainable, plan, config, search, watch, SweepStopper(watch, told), bad_nodes, room)
         reaper.close()
+        if told.is_set():
+            raise Stopped(
+                f"stopped by SIGTERM; {plan.url} has what trials have shown, start the same command again to go on"
+            )
     trials = read_trials(store)
     has_result = any(record.results for record in trials)
     if watch.fatal is not None or (search.refusal is not None and not has_result):
@@ -123,6 +134,7 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # we say it better
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # its snapshots are of no use here
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if all had been tried
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the journal
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -135,6 +147,7 @@ def _fit(
     config: SweepConfig,
     search: JournaledSearch,
     watch: Watch,
+    stopper: SweepStopper,
     bad_nodes: BadNodes,
     room: Capacity,
 ) -> None:
@@ -155,7 +168,7 @@ def _fit(
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
-                stop=SweepStopper(watch),
+                stop=stopper,
                 callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
@@ -166,6 +179,20 @@ def _fit(
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _sigterm() -> Iterator[Event]:
+    """An event that SIGTERM sets (a pod is deleted) while the block lasts; signals only get to the main thread."""
+    told = Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _scheduler(plan: TrialPlan, config: SweepConfig) -> TrialScheduler:

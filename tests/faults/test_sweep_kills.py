@@ -7,7 +7,9 @@ processes of its Ray, as when a pod is deleted.
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -194,3 +196,33 @@ def test_early_stopping_ends_with_and_without_the_dashboard(
     statuses = Counter(trial.status for trial in finished(settings, env, code))
     assert statuses["stopped"] >= 3
     assert statuses["stopped"] + statuses["completed"] == 12
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_sweep_that_is_told_to_stop_leaves_no_run_running_and_goes_on(
+    tmp_path: Path, env: dict[str, str], name: str
+) -> None:
+    settings = Settings(
+        folder=str(tmp_path),
+        mlflow=f"sqlite:///{tmp_path}/m.db",
+        num_samples=4,
+        num_steps=STEPS,
+        faults={"step_s": 0.2},
+    )
+    run = start(settings, env)
+    try:
+        wait_for(lambda: shown(settings) >= 4 or not run.is_running(), "results")
+        os.kill(run.pid, getattr(signal, name))
+        assert run.wait() != 0
+        wait_for(lambda: not run.processes(), "the processes of the sweep to end")
+    finally:
+        run.end_all()
+    assert shown(settings) < 4 * STEPS, "it went on to its end"
+    client = MlflowClient(settings.mlflow)
+    experiment = client.get_experiment_by_name("sweeps")
+    stopped = client.search_runs([experiment.experiment_id])
+    assert "RUNNING" not in {run.info.status for run in stopped}
+
+    check_curves(finished(settings, env))
+    assert worked(settings) <= 4 * STEPS + 4, "more than the steps in flight were made again"
+    check_runs(settings, dict.fromkeys(range(4), "completed"))
