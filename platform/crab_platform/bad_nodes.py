@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ray import tune
@@ -53,13 +53,14 @@ class BadNodes:
         )
         return True
 
-    def resources(self, need: Need) -> tune.PlacementGroupFactory:
-        """What the process of a trial asks for, on any other node. That of several workers only starts these, and asks
-        for next to nothing: Ray Tune wants it to be something."""
-        elsewhere: dict[str, Any] = {}
-        if self._bad:
-            elsewhere = {"bundle_label_selector": [{_NODE: f"!in({','.join(sorted(self._bad))})"}]}
-        bundle: dict[str, float] = {"memory": 1}
-        if need.workers == 1:
-            bundle = {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})
-        return tune.PlacementGroupFactory([bundle], **elsewhere)
+
+def resources(need: Need, avoid: Sequence[str]) -> tune.PlacementGroupFactory:
+    """What the process of a trial asks for, on any node but these. That of several workers only starts these, and asks
+    for next to nothing: Ray Tune wants it to be something."""
+    elsewhere: dict[str, Any] = {}
+    if avoid:
+        elsewhere = {"bundle_label_selector": [{_NODE: f"!in({','.join(avoid)})"}]}
+    bundle: dict[str, float] = {"memory": 1}
+    if need.workers == 1:
+        bundle = {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})
+    return tune.PlacementGroupFactory([bundle], **elsewhere)

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from crab_platform.identity import digest
 from crab_platform.storage import Store
-from crab_platform.trial import NUMBER
+from crab_platform.trial import AVOID, NUMBER
 from crab_platform.trial_journal import TrialJournal, TrialRecord, now, read_trial, read_trials
 
 _LOG = logging.getLogger(__name__)
@@ -96,7 +96,11 @@ class OptunaProposals:
 
 
 class JournaledSearch(Searcher):
-    """What Ray Tune asks. Samples of the journal first, in their order; then `propose`, until there are enough."""
+    """What Ray Tune asks. Samples of the journal first, in their order; then `propose`, until there are enough.
+
+    A trial that failed is asked again here, not by Ray Tune: so its failures are counted over restarts of the sweep,
+    and it may go to another node.
+    """
 
     def __init__(
         self,
@@ -107,21 +111,39 @@ class JournaledSearch(Searcher):
         examine: Callable[[Sample], str | None],
         metric: str,
         mode: Mode,
+        max_failures: int = 3,
+        avoid: Callable[[], list[str]] = list,
     ) -> None:
-        """`examine` says why a sample cannot be tried, or None. Such samples do not count."""
+        """
+        Args:
+            examine: why a sample cannot be tried, or None. Such samples do not count.
+            max_failures: so often a trial is asked again.
+            avoid: nodes on which trials are not to be put now.
+        """
         super().__init__(metric=metric, mode=mode)
         self._store, self._propose, self._examine = store, propose, examine
-        self._num_samples = num_samples
+        self._num_samples, self._max_failures, self._avoid = num_samples, max_failures, avoid
         self._known = {record.number: record for record in read_trials(store)}
-        self._again = [r for r in self._known.values() if r.status != "refused"]
+        self._failures = {n: len(record.failures) for n, record in self._known.items()}
+        self._old = [r for r in self._known.values() if r.status != "refused"]
+        self._retries: list[int] = []
+        self._in_flight: dict[str, int] = {}
         self._counted = 0
         self._refused_in_a_row: list[str] = []
         self.refusal: str | None = None
         """Why the space was given up."""
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's sample with its number, or that there is none."""
-        while self._counted < self._num_samples:
+        """The next trial's sample, its number and nodes to avoid; None where one may fail yet and come again."""
+        number = self._retries.pop(0) if self._retries else self._new()
+        if number is None:
+            return None if self._in_flight else Searcher.FINISHED
+        self._in_flight[trial_id] = number
+        return {NUMBER: number, AVOID: self._avoid(), **self._known[number].config}
+
+    def _new(self) -> int | None:
+        """The number of the next trial that can be tried; None when there are enough."""
+        while self._counted < self._num_samples and self.refusal is None:
             number, sample = self._next()
             reason = self._examine(sample)
             journal = TrialJournal(self._store, number)
@@ -131,7 +153,7 @@ class JournaledSearch(Searcher):
             if reason is None:
                 self._counted += 1
                 self._refused_in_a_row.clear()
-                return {NUMBER: number, **sample}
+                return number
             _LOG.warning("sample %d is refused: %s", number, reason)
             journal.finish("refused", reason)
             self._refused_in_a_row.append(reason)
@@ -139,12 +161,11 @@ class JournaledSearch(Searcher):
                 self.refusal = (
                     f"{REFUSED_IN_A_ROW} samples in a row are impossible, the last one: {reason}"
                 )
-                break
-        return Searcher.FINISHED
+        return None
 
     def _next(self) -> tuple[int, dict[str, Any]]:
-        if self._again:
-            record = self._again.pop(0)
+        if self._old:
+            record = self._old.pop(0)
             return record.number, dict(record.config)
         for number, record in self._known.items():
             if record.end is None:  # of the others all is known
@@ -155,7 +176,12 @@ class JournaledSearch(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing: what is known is in the journal."""
+        """What it has shown is in the journal. One that failed is asked again, if it may."""
+        number = self._in_flight.pop(trial_id)
+        if error:
+            self._failures[number] = self._failures.get(number, 0) + 1
+            if self._failures[number] <= self._max_failures:
+                self._retries.append(number)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: there is no state beside the journal."""

@@ -48,12 +48,14 @@ class Watch(tune.Callback):
         *,
         metric: str,
         scheduler: str,
+        max_failures: int = 3,
         observers: Sequence[Observer] = (),
         budget: Budget | None = None,
         bad_nodes: BadNodes | None = None,
         reaper: Reaper | None = None,
     ) -> None:
         self._store, self._metric, self._scheduler = store, metric, scheduler
+        self._max_failures = max_failures
         self._observers, self._budget = observers, budget
         self._bad_nodes = bad_nodes or BadNodes()
         self._reaper = reaper or Reaper()
@@ -119,15 +121,19 @@ class Watch(tune.Callback):
                 f"{result[self._metric]:.4g}, others were better by then",
             )
 
-    def on_trial_recover(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._failed(trial)
-
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        reason = self._failed(trial)
+        number, reason = trial.config[NUMBER], last_words(trial)
+        journal = TrialJournal(self._store, number)
+        journal.fail(reason)
+        self._reaper.watch(journal.groups())
+        record = read_trial(self._store, number)
+        if record.starts:
+            alive = [node["NodeID"] for node in living_nodes()]
+            self._bad_nodes.failed(record.starts[-1].node, number, alive)
+        if len(record.failures) <= self._max_failures:
+            return  # search.py asks it again
         self._end(trial, "failed", reason)
         self._worst.append(reason)
         if not self._has_result and len(self._worst) >= HOPELESS:
@@ -135,18 +141,6 @@ class Watch(tune.Callback):
                 f"{len(self._worst)} trials have failed for good and none has shown a result. The last one: {reason}. "
                 "Try its settings in a train job first"
             )
-
-    def _failed(self, trial: Trial) -> str:
-        number = trial.config[NUMBER]
-        reason = last_words(trial)
-        journal = TrialJournal(self._store, number)
-        journal.fail(reason)
-        self._reaper.watch(journal.groups())
-        starts = read_trial(self._store, number).starts
-        if starts:
-            alive = [node["NodeID"] for node in living_nodes()]
-            self._bad_nodes.failed(starts[-1].node, number, alive)
-        return reason
 
     def _end(self, trial: Trial, status: Any, reason: str) -> None:
         journal = TrialJournal(self._store, trial.config[NUMBER])

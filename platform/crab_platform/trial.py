@@ -24,6 +24,8 @@ from crab_platform.trial_journal import Result, TrialJournal, now
 
 NUMBER = "trial"
 """In a trial's configuration, beside its sample: which trial of the sweep it is."""
+AVOID = "avoid"
+"""Likewise: nodes that it must not be put on."""
 FATAL = "fatal"
 """In a result: why the whole sweep is of no use."""
 LAST = "last"
@@ -60,6 +62,7 @@ class JournaledTrial(tune.Trainable):
 
     def _open(self, config: dict[str, Any]) -> None:
         sample = dict(config)
+        sample.pop(AVOID, None)
         self._journal = TrialJournal(open_store(self._plan.url), sample.pop(NUMBER))
         self._sample = sample
         self._shown = 0

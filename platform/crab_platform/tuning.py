@@ -25,7 +25,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from crab_platform.bad_nodes import BadNodes
+from crab_platform.bad_nodes import BadNodes, resources
 from crab_platform.budget import Budget
 from crab_platform.capacity import Capacity, Need, capacity, living_nodes
 from crab_platform.notice import Stopped
@@ -33,7 +33,7 @@ from crab_platform.reaper import Reaper
 from crab_platform.search import JournaledSearch, Mode, Propose, Sample
 from crab_platform.storage import open_store
 from crab_platform.sweep_watch import Observer, SweepStopper, Watch
-from crab_platform.trial import NUMBER, JournaledTrial, TrialPlan
+from crab_platform.trial import AVOID, NUMBER, JournaledTrial, TrialPlan
 from crab_platform.trial_journal import TrialRecord, read_trials
 
 
@@ -100,6 +100,7 @@ def run_trials(
         store,
         metric=plan.metric,
         scheduler=config.scheduler,
+        max_failures=config.max_failures,
         observers=observers,
         budget=budget,
         bad_nodes=bad_nodes,
@@ -112,10 +113,12 @@ def run_trials(
         examine=examine,
         metric=plan.metric,
         mode=config.mode,
+        max_failures=config.max_failures,
+        avoid=lambda: bad_nodes.names,
     )
     if not watch.is_over:
         with _sigterm() as told:
-            _fit(trainable, plan, config, search, watch, SweepStopper(watch, told), bad_nodes, room)
+            _fit(trainable, plan, config, search, watch, SweepStopper(watch, told), room)
         reaper.close()
         if told.is_set():
             raise Stopped(
@@ -148,7 +151,6 @@ def _fit(
     search: JournaledSearch,
     watch: Watch,
     stopper: SweepStopper,
-    bad_nodes: BadNodes,
     room: Capacity,
 ) -> None:
     os.environ |= _SETTINGS
@@ -156,7 +158,7 @@ def _fit(
     with_plan: Any = tune.with_parameters(trainable, plan=plan)  # types know functions only
     try:
         tune.Tuner(
-            tune.with_resources(with_plan, lambda _sample: bad_nodes.resources(config.need)),
+            tune.with_resources(with_plan, lambda sample: resources(config.need, sample[AVOID])),
             tune_config=tune.TuneConfig(
                 search_alg=ConcurrencyLimiter(search, room.max_concurrent),
                 scheduler=_scheduler(plan, config),
@@ -173,7 +175,7 @@ def _fit(
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),
-                failure_config=tune.FailureConfig(max_failures=config.max_failures),
+                failure_config=tune.FailureConfig(max_failures=0),  # search.py asks them again
                 verbose=0,
             ),
         ).fit()
@@ -209,4 +211,4 @@ def _scheduler(plan: TrialPlan, config: SweepConfig) -> TrialScheduler:
 
 
 def _name(trial: Trial) -> str:
-    return f"trial-{trial.config[NUMBER]:05d}"
+    return f"trial-{trial.config[NUMBER]:05d}-{trial.trial_id}"

@@ -12,7 +12,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,6 @@ init = ray.init
 ray.init = lambda **settings: init(**(settings | {{"include_dashboard": False}}))
 {CODE}
 """
-FORGETFUL = f"""
-from crab_platform import trial_journal
-trial_journal.TrialJournal.results = lambda journal: []  # planted: what was shown is not looked for
-{CODE}
-"""
 TRIALS, STEPS = 8, 15
 KILLS = 3
 
@@ -55,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     server.start()
     yield server
-    server.stop()
+    server.kill()
 
 
 def start(settings: Settings, env: dict[str, str], code: str = CODE) -> CrabRun:
@@ -83,7 +78,7 @@ def end(run: CrabRun) -> None:
 def finished(settings: Settings, env: dict[str, str], code: str = CODE) -> list[TrialRecord]:
     run = start(settings, env, code)
     try:
-        run.finish()
+        assert run.wait() == 0, run.stderr()[-3000:]
         assert wait_for(lambda: not run.processes(), "the processes of the sweep to end")
     finally:
         run.end_all()
@@ -158,7 +153,7 @@ def test_a_sweep_that_forgets_its_results_repeats_them(tmp_path: Path, env: dict
     )  # fmt: skip
     finished(settings, env)
     before = worked(settings)
-    finished(settings, env, FORGETFUL)
+    finished(replace(settings, forgets=True), env)
     assert worked(settings) > before
 
 

@@ -32,6 +32,8 @@ class Faults:
     crashes_always: Sequence[int] = ()
     metric: str = METRIC
     """What is reported."""
+    bad_nodes: Sequence[str] = ()
+    """Ray's ids of nodes on which every trial fails."""
 
 
 def loss(sample: Mapping[str, Any], step: int) -> float:
@@ -59,6 +61,8 @@ class CurveTrial(JournaledTrial):
             if faults.folder:
                 with worked.open("a") as file:
                     file.write(f"{now}\n")
+            if self._node() in faults.bad_nodes:
+                raise OSError("this node has no disk")
             if number in faults.crashes_always:
                 raise ZeroDivisionError(f"trial {number} is hopeless")
             when = random.Random(number).randrange(1, self._plan.num_steps)
@@ -91,3 +95,11 @@ def plan(
         num_steps=num_steps,
         report_every=report_every,
     )
+
+
+class ForgetfulCurveTrial(CurveTrial):
+    """Planted bug: what was shown before is not looked for."""
+
+    def _open(self, config: dict[str, Any]) -> None:
+        super()._open(config)
+        self._known, self._stops_at = [], None

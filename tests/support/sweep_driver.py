@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import FloatDistribution
-from support.curve_trials import METRIC, CurveTrial, Faults, plan
+from support.curve_trials import METRIC, CurveTrial, Faults, ForgetfulCurveTrial, plan
 
 from crab_platform import ray_cluster, tracking
 from crab_platform.search import OptunaProposals
@@ -28,6 +28,7 @@ class Settings:
     num_samples: int = 8
     num_steps: int = 15
     scheduler: Any = "fifo"
+    forgets: bool = False
     faults: Any = None
     """Of Faults, but its folder."""
 
@@ -62,7 +63,7 @@ def run(settings: Settings) -> Sweep:
         )
         with tracked:
             return run_trials(
-                CurveTrial,
+                ForgetfulCurveTrial if settings.forgets else CurveTrial,
                 plan(settings.url, faults, num_steps=settings.num_steps),
                 SweepConfig(
                     mode="min", num_samples=settings.num_samples, scheduler=settings.scheduler

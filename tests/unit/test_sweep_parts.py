@@ -16,7 +16,7 @@ from crab_platform.capacity import Need, NoRoom, capacity
 from crab_platform.cost import Prices
 from crab_platform.search import NUM_RANDOM, REFUSED_IN_A_ROW, JournaledSearch, OptunaProposals
 from crab_platform.storage import FolderStore
-from crab_platform.trial import NUMBER
+from crab_platform.trial import AVOID, NUMBER
 from crab_platform.trial_journal import Result, TrialJournal, TrialRecord, read_trials
 
 SPACE = {
@@ -51,6 +51,7 @@ def play(
     search, asked, kills = start(), {}, list(kill_after)
     while (sample := search.suggest("id")) != Searcher.FINISHED:
         number = sample.pop(NUMBER)
+        del sample[AVOID]
         assert asked.setdefault(number, sample) == sample, "the same number, another sample"
         journal = TrialJournal(store, number)
         value = (sample["x"] - 0.7) ** 2
@@ -60,6 +61,7 @@ def play(
             search = start()
             continue
         journal.finish("completed", "")
+        search.on_trial_complete("id")
     return [asked[number] for number in sorted(asked)]
 
 
@@ -105,8 +107,9 @@ def test_impossible_samples_are_refused_and_do_not_count(tmp_path: Path) -> None
         mode="min",
     )
     asked = []
-    while (sample := search.suggest("")) != Searcher.FINISHED:
+    while (sample := search.suggest("id")) != Searcher.FINISHED:
         asked.append(sample)
+        search.on_trial_complete("id")
     assert len(asked) == 8
     assert all(sample["n"] >= 5 for sample in asked)
     refused = [trial for trial in read_trials(search._store) if trial.status == "refused"]
@@ -128,6 +131,43 @@ def test_a_space_of_impossible_samples_ends_with_their_reason(tmp_path: Path) ->
     assert search.refusal is not None
     assert "too large" in search.refusal
     assert len(read_trials(search._store)) == REFUSED_IN_A_ROW
+
+
+def test_a_trial_that_fails_comes_again_on_other_nodes_so_often_and_no_more(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    bad: list[str] = []
+
+    def start() -> JournaledSearch:
+        return JournaledSearch(
+            store,
+            proposals(),
+            num_samples=2,
+            examine=lambda _: None,
+            metric="loss",
+            mode="min",
+            max_failures=2,
+            avoid=lambda: list(bad),
+        )
+
+    search = start()
+    first = search.suggest("a")
+    assert (first[NUMBER], first[AVOID]) == (0, [])
+    assert search.suggest("b")[NUMBER] == 1
+    assert search.suggest("c") is None, "it may yet have to be asked again"
+    bad.append("node")
+    TrialJournal(store, 0).fail("first")
+    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("b")
+    assert search.suggest("d") == first | {AVOID: ["node"]}
+
+    search = start()  # the sweep was killed: the failure before counts
+    assert search.suggest("e")[NUMBER] == 0
+    search.on_trial_complete("e", error=True)
+    assert search.suggest("f")[NUMBER] == 0
+    search.on_trial_complete("f", error=True)
+    assert search.suggest("g")[NUMBER] == 1, "three failures were two too many"
+    search.on_trial_complete("g")
+    assert search.suggest("h") == Searcher.FINISHED
 
 
 NODE = {"CPU": 4.0, "GPU": 2.0}
