@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from tune_spaces.space import Space, describe
-
 from crab_platform.budget import Budget
 from crab_platform.trial_journal import TrialRecord
 from jobs.spec import TuneSpec
 from jobs.trial_build import LABEL, SEED
+from tune_spaces.space import Space, describe
 
 WINNER = "winner"
 

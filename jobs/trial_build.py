@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune_spaces.space import Space
-
 from crab_platform.catalog import Manifest
 from crab_platform.training_config import Recipe
 from crab_platform.trial import NUMBER
 from jobs.recipe import CrabRecipe
 from jobs.spec import TrainSpec
 from jobs.trial_spec import trial_spec
+from tune_spaces.space import Space
 
 SEED = "seed"
 """Beside the parameters of the space, in samples that are trained again."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from crab.model.config import ALL_LINEAR, AdapterConfig
-from jobs.spec import Optimisation
+from jobs.spec_train import Optimisation
 from tune_spaces.space import Parameter, Space, describe, load_space, settings
 
 SHIPPED = ["adapter", "heads_and_temperature", "optim"]
