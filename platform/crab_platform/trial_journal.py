@@ -17,6 +17,7 @@ which one was thought dead, write the same.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -90,7 +91,8 @@ class TrialRecord:
 
     def best(self, metric: str, mode: str) -> float | None:
         """The best finite value that it has shown."""
-        values = [v for r in self.results if (v := r.metrics.get(metric)) is not None and v == v]
+        shown = [result.metrics.get(metric, math.nan) for result in self.results]
+        values = [value for value in shown if math.isfinite(value)]
         return None if not values else (min(values) if mode == "min" else max(values))
 
 
