@@ -10,6 +10,7 @@ from pathlib import Path
 import obstore
 import pytest
 from cache_samples import Damage
+from hypothesis import HealthCheck, settings
 from obstore.store import S3Store
 from servers.seaweedfs import S3Server, seaweedfs, weed_path
 
@@ -19,6 +20,11 @@ from crab_platform.storage import Store, open_store
 # Ray's workers and other children import what tests hand them (recipes, hostile decoders) by name.
 _HERE = str(Path(__file__).resolve().parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
+
+# No test has a limit in time: on a fresh clone Hypothesis builds its tables of characters inside the first draw, and
+# calls that too slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
