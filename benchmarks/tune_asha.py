@@ -22,6 +22,7 @@ from measure import Goals, header, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+
 from support.curve_trials import METRIC, CurveTrial, Faults, loss, plan
 from support.sweep_driver import SPACE
 
@@ -29,6 +30,8 @@ from crab_platform import ray_cluster
 from crab_platform.search import OptunaProposals
 from crab_platform.trial_journal import TrialRecord
 from crab_platform.tuning import SweepConfig, run_trials
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def asha(seed: int, trials: int, steps: int) -> list[TrialRecord]:
@@ -59,6 +62,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"
+    # Trials' processes import the same files.
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / n) for n in ("", "platform", "tests"))
     header("asha (B18)")
     print(versions("ray", "optuna"))
     goals = Goals()

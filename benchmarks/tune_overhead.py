@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,19 @@ from measure import Goals, header, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+
 from ray import tune
-from support.curve_trials import METRIC, CurveTrial, Faults, loss, plan
+from support.curve_trials import METRIC, Faults, HeavyCurveTrial, loss, plan
 from support.sweep_driver import SPACE
 
 from crab_platform import ray_cluster
 from crab_platform.search import OptunaProposals
 from crab_platform.tuning import SweepConfig, run_trials
 
+ROOT = Path(__file__).resolve().parents[1]
+
 WORK_S = 0.1
 AT_A_TIME = 2
-
-
-class HeavyCurveTrial(CurveTrial):
-    """With what a trial that trains has to import."""
-
-    def _prepare(self, sample: Mapping[str, Any], known: Sequence[Any]) -> None:
-        import torch  # noqa: F401 (it is the time that counts)
-        import transformers  # noqa: F401
-
-        super()._prepare(sample, known)
 
 
 def ours(trials: int) -> float:
@@ -97,6 +89,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"
+    # Trials' processes import the same files.
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / n) for n in ("", "platform", "tests"))
     header("tune-overhead (B17)")
     print(versions("ray", "optuna", "torch", "transformers"))
     goals = Goals()

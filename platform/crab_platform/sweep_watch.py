@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
@@ -22,6 +23,8 @@ from crab_platform.trial import FATAL, LAST, NUMBER
 from crab_platform.trial_journal import TrialJournal, TrialRecord, read_trial, read_trials
 
 _LOG = logging.getLogger(__name__)
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
+"""The line of a traceback that says what was raised."""
 HOPELESS = 3
 """So many trials that have failed for good, and not one result, say that all would fail."""
 
@@ -183,5 +186,5 @@ def last_words(trial: Trial) -> str:
         return "no reason is known"
     *_, said = Path(trial.error_file).read_text().split("\nFailure # ")
     lines = [line.strip() for line in said.splitlines()[1:] if line.strip()]
-    has_traceback = any(line.startswith("File ") for line in lines)
-    return lines[-1 if has_traceback else 0] if lines else "no reason is known"
+    raised = [line for line in lines if _RAISED.match(line)]
+    return (raised or lines[:1] or ["no reason is known"])[-1]

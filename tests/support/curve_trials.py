@@ -65,7 +65,7 @@ class CurveTrial(JournaledTrial):
                 raise OSError("this node has no disk")
             if number in faults.crashes_always:
                 raise ZeroDivisionError(f"trial {number} is hopeless")
-            when = random.Random(number).randrange(1, self._plan.num_steps)
+            when = random.Random(number).randrange(1, max(2, self._plan.num_steps))
             if now == when and number in (*faults.crashes_once, *faults.dies_once):
                 if self._once(f"fault-{number}"):
                     if number in faults.dies_once:
@@ -103,3 +103,13 @@ class ForgetfulCurveTrial(CurveTrial):
     def _open(self, config: dict[str, Any]) -> None:
         super()._open(config)
         self._known, self._stops_at = [], None
+
+
+class HeavyCurveTrial(CurveTrial):
+    """With what a trial that trains has to import: for benchmarks."""
+
+    def _prepare(self, sample: Mapping[str, Any], known: Sequence[Result]) -> None:
+        import torch  # noqa: F401 (it is the time that counts)
+        import transformers  # noqa: F401
+
+        super()._prepare(sample, known)
