@@ -92,6 +92,8 @@ class TuneSpec(Job):
             raise ValueError(
                 f"search.grace_steps {grace} is more than train.optimisation.steps {steps}: nothing would be stopped"
             )
+        if "winner" in self.confirm.compare:
+            raise ValueError("confirm.compare: the name winner is taken; give that setting another")
         if self.budget.money is not None and self.prices is None:
             raise ValueError(
                 "budget.money needs prices: name a profile, for example prices: laptop"

@@ -125,10 +125,11 @@ class JournaledSearch(Searcher):
         self._num_samples, self._max_failures, self._avoid = num_samples, max_failures, avoid
         self._known = {record.number: record for record in read_trials(store)}
         self._failures = {n: len(record.failures) for n, record in self._known.items()}
-        self._old = [r for r in self._known.values() if r.status != "refused"]
+        self._old = [r for r in self._known.values() if r.status not in ("refused", "failed")]
         self._retries: list[int] = []
         self._in_flight: dict[str, int] = {}
-        self._counted = 0
+        # What has failed for good stays so: it is not asked again, and counts.
+        self._counted = sum(record.status == "failed" for record in self._known.values())
         self._refused_in_a_row: list[str] = []
         self.refusal: str | None = None
         """Why the space was given up."""

@@ -28,6 +28,8 @@ AVOID = "avoid"
 """Likewise: nodes that it must not be put on."""
 FATAL = "fatal"
 """In a result: why the whole sweep is of no use."""
+AGAIN = "again"
+"""In a result: whether another one is known to follow it, so that it was judged before, and the trial went on."""
 LAST = "last"
 """In a result: whether the trial says by itself that it has ended. Ray Tune's own `done` it sets where it stops one."""
 
@@ -79,7 +81,13 @@ class JournaledTrial(tune.Trainable):
             result = self._make()
         self._shown += 1
         done = result.step >= self._plan.num_steps or result.step == self._stops_at
-        shown = {"step": result.step, "metrics": result.metrics, LAST: done, "done": done}
+        shown = {
+            "step": result.step,
+            "metrics": result.metrics,
+            AGAIN: self._shown < len(self._known),
+            LAST: done,
+            "done": done,
+        }
         if self._plan.metric not in result.metrics:
             return shown | {"done": True, FATAL: unreported(self._plan.metric, result.metrics)}
         return shown | {self._plan.metric: result.metrics[self._plan.metric]}

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
+from crab_platform.asha import JournaledAsha
 from crab_platform.bad_nodes import BadNodes, resources
 from crab_platform.budget import Budget
 from crab_platform.capacity import Capacity, Need, capacity, living_nodes
@@ -199,8 +200,8 @@ def _sigterm() -> Iterator[Event]:
 
 def _scheduler(plan: TrialPlan, config: SweepConfig) -> TrialScheduler:
     if config.scheduler == "fifo":
-        return FIFOScheduler()  # type: ignore[no-untyped-call]
-    return ASHAScheduler(
+        return FIFOScheduler()  # type: ignore[no-untyped-call]  # Ray's has no types
+    return JournaledAsha(
         time_attr="step",
         metric=plan.metric,
         mode=config.mode,

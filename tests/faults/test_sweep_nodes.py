@@ -45,7 +45,7 @@ def test_a_bad_node_is_set_aside(tmp_path: Path, nodes: list[str]) -> None:
     assert {result.node for trial in trials for result in trial.results} == {nodes[1]}
 
 
-def test_without_it_most_trials_are_lost(
+def test_without_it_trials_go_on_being_given_to_it(
     tmp_path: Path, nodes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted bug: no node is ever set aside."""

@@ -142,6 +142,7 @@ def test_a_cold_cache_is_refused_and_the_error_says_how(job: Job) -> None:
     [
         ({"search": {"grace_steps": STEPS + 1}}, "grace_steps"),
         ({"budget": {"money": 1}}, "prices"),
+        ({"confirm": {"compare": {"winner": {"num_heads": 1}}}}, "winner"),
         ({"space": ["heads_and_temperatur"]}, "heads_and_temperature"),
         ({"search": {"grace_steps": 2, "first": [{"num_heads": 99}]}}, "num_heads"),
         ({"confirm": {"compare": {"n=0": {"num_heads": 0}}}}, "num_heads"),

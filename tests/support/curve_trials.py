@@ -110,6 +110,6 @@ class HeavyCurveTrial(CurveTrial):
 
     def _prepare(self, sample: Mapping[str, Any], known: Sequence[Result]) -> None:
         import torch  # noqa: F401 (it is the time that counts)
-        import transformers  # noqa: F401
+        import transformers  # noqa: F401 (likewise)
 
         super()._prepare(sample, known)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from crab_platform.asha import JournaledAsha
 from crab_platform.bad_nodes import TOO_MANY, BadNodes
 from crab_platform.budget import Budget, Limits
 from crab_platform.capacity import Need, NoRoom, capacity
 from crab_platform.cost import Prices
 from crab_platform.search import NUM_RANDOM, REFUSED_IN_A_ROW, JournaledSearch, OptunaProposals
 from crab_platform.storage import FolderStore
-from crab_platform.trial import AVOID, NUMBER
+from crab_platform.trial import AGAIN, AVOID, NUMBER
 from crab_platform.trial_journal import Result, TrialJournal, TrialRecord, read_trials
 
 SPACE = {
@@ -168,6 +171,43 @@ def test_a_trial_that_fails_comes_again_on_other_nodes_so_often_and_no_more(tmp_
     assert search.suggest("g")[NUMBER] == 1, "three failures were two too many"
     search.on_trial_complete("g")
     assert search.suggest("h") == Searcher.FINISHED
+
+
+def test_what_failed_for_good_is_not_tried_again_when_the_sweep_is_started_again(
+    tmp_path: Path,
+) -> None:
+    store = FolderStore(tmp_path)
+
+    def start() -> JournaledSearch:
+        return JournaledSearch(
+            store, proposals(), num_samples=2, examine=lambda _: None, metric="loss", mode="min"
+        )
+
+    assert start().suggest("a")[NUMBER] == 0
+    TrialJournal(store, 0).finish("failed", "it is hopeless")
+    search = start()
+    assert search.suggest("b")[NUMBER] == 1
+    search.on_trial_complete("b")
+    assert search.suggest("c") == Searcher.FINISHED, "it counts as one of the two"
+
+
+def test_a_decision_stands_when_results_are_shown_again() -> None:
+    """Trial 9 went on at the first rung when it was the first there; shown again, it comes after better ones."""
+
+    def judged(again: bool) -> str:
+        asha = JournaledAsha(
+            time_attr="step", metric="loss", mode="min", max_t=9, grace_period=1, reduction_factor=3
+        )
+        for number in range(9):
+            trial: Any = SimpleNamespace(trial_id=str(number))
+            asha.on_trial_add(None, trial)
+            asha.on_trial_result(None, trial, {"step": 1, "loss": 0.1 * number, AGAIN: False})
+        late: Any = SimpleNamespace(trial_id="late")
+        asha.on_trial_add(None, late)
+        return asha.on_trial_result(None, late, {"step": 1, "loss": 5.0, AGAIN: again})
+
+    assert judged(again=True) == TrialScheduler.CONTINUE
+    assert judged(again=False) == TrialScheduler.STOP
 
 
 NODE = {"CPU": 4.0, "GPU": 2.0}
