@@ -18,15 +18,20 @@ class Search(Record):
     """Which trials are tried, and which of them go on."""
 
     samples: int = Field(default=24, ge=1)
+    """Trials; with `pbt` the members of the population."""
     metric: str = "val/loss"
     mode: Literal["min", "max"] = "min"
     searcher: Literal["optuna", "random"] = "optuna"
     """`optuna`: its TPE, after ten random samples."""
-    scheduler: Literal["asha", "fifo"] = "asha"
-    """`asha`: at each rung about one of `reduction_factor` trials goes on. `fifo`: all go on to the end."""
+    scheduler: Literal["asha", "hyperband", "pbt", "fifo"] = "asha"
+    """`asha`: at each rung about one of `reduction_factor` trials goes on. `hyperband`: the same, but for a part of the
+    trials the first rungs are left out. `pbt`: every `interval` steps the worst quarter goes on from the weights of the
+    best, with other values. `fifo`: all go on to the end."""
     grace_steps: int = Field(default=10, ge=1)
-    """ASHA's first rung, in steps; the others are this times powers of `reduction_factor`."""
+    """The first rung, in steps; the others are this times powers of `reduction_factor`."""
     reduction_factor: float = Field(default=3, gt=1)
+    interval: int | None = Field(default=None, ge=1)
+    """Steps after which members of a population are compared."""
     seed: int = Field(default=1, ge=0)
     first: list[Sample] = Field(default_factory=list)
     """Samples that are tried before all others."""
@@ -88,10 +93,12 @@ class TuneSpec(Job):
                 "for example train.validation: {samples_per_task: 8, every: 10}"
             )
         steps, grace = self.train.optimisation.steps, self.search.grace_steps
-        if self.search.scheduler == "asha" and grace > steps:
+        if self.search.scheduler in ("asha", "hyperband") and grace > steps:
             raise ValueError(
                 f"search.grace_steps {grace} is more than train.optimisation.steps {steps}: nothing would be stopped"
             )
+        if (objection := self._population_objection()) is not None:
+            raise ValueError(objection)
         if "winner" in self.confirm.compare:
             raise ValueError("confirm.compare: the name winner is taken; give that setting another")
         if self.budget.money is not None and self.prices is None:
@@ -99,3 +106,30 @@ class TuneSpec(Job):
                 "budget.money needs prices: name a profile, for example prices: laptop"
             )
         return self
+
+    def _population_objection(self) -> str | None:
+        """Why the population cannot be."""
+        search, steps, validation = (
+            self.search,
+            self.train.optimisation.steps,
+            self.train.validation,
+        )
+        assert validation is not None
+        if search.scheduler != "pbt":
+            return None if search.interval is None else "search.interval is of scheduler pbt only"
+        if search.interval is None or search.interval >= steps:
+            return (
+                f"search.scheduler pbt needs search.interval, less than train.optimisation.steps {steps}: for example "
+                f"{max(1, steps // 5)}"
+            )
+        if search.interval % validation.every:
+            return (
+                f"search.interval {search.interval} is no multiple of train.validation.every {validation.every}: "
+                "members are compared by what they show"
+            )
+        if search.samples < max(2, len(search.first)):
+            return (
+                f"search.samples {search.samples} are the members of the population: there must be two at least, and "
+                f"as many as in search.first ({len(search.first)})"
+            )
+        return None

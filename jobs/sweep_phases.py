@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,14 @@ from typing import Any
 from crab_platform.budget import Budget
 from crab_platform.capacity import Need
 from crab_platform.catalog import Manifest
+from crab_platform.population import (
+    PopulationProposals,
+    ReplayProposals,
+    lineage,
+    unneeded,
+)
 from crab_platform.ray_train_trial import RayTrainTrial
-from crab_platform.search import OptunaProposals, Propose, Sample, fixed
+from crab_platform.search import OptunaProposals, Propose, Sample
 from crab_platform.storage import open_store
 from crab_platform.sweep_tracking import SweepTracking
 from crab_platform.tracking import Run
@@ -23,7 +30,7 @@ from jobs.output import progress
 from jobs.spec import SpecError, TrainSpec, TuneSpec, spec_record
 from jobs.sweep_record import WINNER, trial_values
 from jobs.train import training_config
-from jobs.trial_build import LABEL, SEED, TrialBuild, spec_of
+from jobs.trial_build import LABEL, SEED, TrialBuild, plain, spec_of
 from jobs.trial_spec import examine
 from tune_spaces.space import Space
 
@@ -53,22 +60,46 @@ class Phases:
         for sample in (*self.spec.search.first, *self.spec.confirm.compare.values()):
             if (objection := self._examine(sample)) is not None:
                 raise SpecError(f"sample {dict(sample)}: {objection}")
+        if self.spec.search.scheduler == "pbt" and not (
+            self.space.parameters.keys() - self.space.changes_shapes
+        ):
+            raise SpecError(
+                f"search.scheduler pbt: all parameters of {self.space.name} decide the shapes of weights, so nothing "
+                "can change while a model learns; take asha"
+            )
+
+    @property
+    def _pieces(self) -> int:
+        """Into how many trials the way of a member is cut: 1 without a population."""
+        interval = self.spec.search.interval
+        return math.ceil(self.spec.train.optimisation.steps / interval) if interval else 1
 
     def search(self, parent: Run, budget: Budget) -> Sweep:
         """All samples, early stopped as the spec says."""
         search = self.spec.search
-        propose = OptunaProposals(
-            space={name: p.distribution for name, p in self.space.parameters.items()},
+        space = {name: p.distribution for name, p in self.space.parameters.items()}
+        propose: Propose = OptunaProposals(
+            space=space,
             searcher=search.searcher,
             metric=search.metric,
             mode=search.mode,
             seed=search.seed,
             first=tuple(search.first),
         )
+        if search.scheduler == "pbt":
+            propose = PopulationProposals(
+                draw=propose,
+                size=search.samples,
+                space=space,
+                kept=self.space.changes_shapes,
+                metric=search.metric,
+                mode=search.mode,
+                seed=search.seed,
+            )
         config = SweepConfig(
             mode=search.mode,
-            num_samples=search.samples,
-            scheduler=search.scheduler,
+            num_samples=search.samples * self._pieces,
+            scheduler="fifo" if search.scheduler == "pbt" else search.scheduler,
             grace_steps=search.grace_steps,
             reduction_factor=search.reduction_factor,
             max_failures=search.max_failures,
@@ -77,34 +108,47 @@ class Phases:
         )
         return self._run("search", config, propose, parent, budget)
 
-    def confirm(self, parent: Run, winner: TrialRecord | None, budget: Budget) -> Sweep | None:
-        """The winner and what it is compared with, each on every seed, to the end; None without a winner."""
+    def confirm(
+        self, parent: Run, winner: TrialRecord | None, trials: Sequence[TrialRecord], budget: Budget
+    ) -> Sweep | None:
+        """The winner and what it is compared with, each on every seed, to the end; None without a winner. A winner of
+        a population changes its values where it changed them in the search, one of `trials`."""
         if winner is None:
             return None
         confirm = self.spec.confirm
-        settings = {WINNER: winner.config, **confirm.compare}
+        way = [plain(record.config) for record in lineage(winner, trials)]
+        settings = {WINNER: way} | {
+            label: [sample] * len(way) for label, sample in confirm.compare.items()
+        }
         first = self.spec.train.optimisation.seed
         # Seeds outside, so that a kill leaves something of every setting.
-        samples = [
-            {LABEL: label, SEED: first + 1 + seed, **sample}
+        members = [
+            [{LABEL: label, SEED: first + 1 + seed, **sample} for sample in samples]
             for seed in range(confirm.seeds)
-            for label, sample in settings.items()
+            for label, samples in settings.items()
         ]
         config = SweepConfig(
             mode=self.spec.search.mode,
-            num_samples=len(samples),
+            num_samples=len(members) * len(way),
             scheduler="fifo",
             max_failures=self.spec.search.max_failures,
             max_concurrent=self.spec.search.max_concurrent,
             need=self.need,
         )
         # Another winner, of a search that went on, is confirmed anew.
-        return self._run(f"confirm-{winner.number:05d}", config, fixed(samples), parent, budget)
+        phase = f"confirm-{winner.number:05d}"
+        return self._run(phase, config, ReplayProposals(members=members), parent, budget)
 
     def keep_adapter(self, trials: Sequence[TrialRecord]) -> Path | None:
         """The adapter of the winner's best seed, in one place; those of the others are removed."""
         metric, sign = self.spec.search.metric, 1 if self.spec.search.mode == "min" else -1
-        done = [t for t in trials if t.config[LABEL] == WINNER and t.status == "completed"]
+        done = [
+            trial
+            for trial in trials
+            if trial.config[LABEL] == WINNER
+            and trial.status == "completed"
+            and trial.steps == self.spec.train.optimisation.steps
+        ]
         kept = self.folder / "adapter"
         if not done:
             return None
@@ -163,6 +207,7 @@ class Phases:
             metric=self.spec.search.metric,
             num_steps=train.optimisation.steps,
             report_every=validation.every,
+            piece_steps=self.spec.search.interval,
             exports=config.scheduler == "fifo" and phase.startswith("confirm"),
         )
         tracked = SweepTracking(
@@ -182,6 +227,7 @@ class Phases:
                 examine=self._examine,
                 observers=[tracked, _Bar(bar, config.num_samples)],
                 budget=budget,
+                unneeded=unneeded(config.num_samples // self._pieces) if self._pieces > 1 else None,
             )
 
 

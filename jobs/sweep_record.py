@@ -8,9 +8,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from crab_platform.budget import Budget
+from crab_platform.trial import PARENT
 from crab_platform.trial_journal import TrialRecord
 from jobs.spec import TuneSpec
-from jobs.trial_build import LABEL, SEED
+from jobs.trial_build import LABEL, SEED, plain
 from tune_spaces.space import Space, describe
 
 WINNER = "winner"
@@ -35,7 +36,8 @@ def trial_values(
     curve = [(r.step, _number(r.metrics.get(metric))) for r in trial.results]
     return {
         "number": trial.number,
-        "config": trial.config,
+        "config": plain(trial.config),
+        "parent": trial.config.get(PARENT),
         "parameters": parameters,
         "status": trial.status,
         "reason": trial.end.reason if trial.end else "the sweep ended before",
@@ -52,25 +54,36 @@ def trial_values(
     }
 
 
-def confirmed_values(trials: Sequence[TrialRecord], metric: str) -> list[dict[str, Any]]:
-    """What was trained again: each setting with its value on every seed, mean and standard deviation (n - 1)."""
+def confirmed_values(
+    trials: Sequence[TrialRecord], metric: str, steps: int
+) -> list[dict[str, Any]]:
+    """What was trained again: each setting with its value on every seed, mean and standard deviation (n - 1).
+
+    Args:
+        steps: of a trial to its end; those of a population's members that ended before are but a part of the way.
+    """
     groups: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         groups.setdefault(trial.config[LABEL], []).append(trial)
     found = []
     for label, group in groups.items():
-        done = [t for t in group if t.status == "completed" and math.isfinite(_last(t, metric))]
+        done = [
+            trial
+            for trial in group
+            if trial.status == "completed"
+            and trial.steps == steps
+            and math.isfinite(_last(trial, metric))
+        ]
         values = [_last(trial, metric) for trial in done]
-        sample = {k: v for k, v in group[0].config.items() if k not in (LABEL, SEED)}
         found.append(
             {
                 "label": label,
-                "config": sample,
+                "config": plain(group[-1].config),
                 "seeds": [trial.config[SEED] for trial in done],
                 "values": values,
                 "mean": fmean(values) if values else None,
                 "std": stdev(values) if len(values) > 1 else None,
-                "failed": len(group) - len(done),
+                "failed": len({trial.config[SEED] for trial in group}) - len(done),
             }
         )
     return found

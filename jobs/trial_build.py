@@ -9,7 +9,7 @@ from typing import Any
 
 from crab_platform.catalog import Manifest
 from crab_platform.training_config import Recipe
-from crab_platform.trial import NUMBER
+from crab_platform.trial import NUMBER, PARENT
 from jobs.recipe import CrabRecipe
 from jobs.spec import TrainSpec
 from jobs.trial_spec import trial_spec
@@ -48,9 +48,13 @@ class TrialBuild:
 
 def spec_of(train: TrainSpec, space: Space, sample: Mapping[str, Any]) -> TrainSpec:
     """The train spec of a sample. Raises SpecError."""
-    asked = {name: value for name, value in sample.items() if name not in (SEED, LABEL)}
-    spec = trial_spec(train, space, asked)
+    spec = trial_spec(train, space, plain(sample))
     if SEED not in sample:
         return spec
     optimisation = spec.optimisation.model_copy(update={"seed": sample[SEED]})
     return spec.model_copy(update={"optimisation": optimisation})
+
+
+def plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the space alone."""
+    return {name: value for name, value in sample.items() if name not in (SEED, LABEL, PARENT)}

@@ -35,6 +35,7 @@ from jobs.sweep_phases import Phases
 from jobs.sweep_record import confirmed_values, sweep_values, winner_of
 from jobs.sweep_report import make_sweep_report
 from jobs.train import check_answers, model_digests
+from jobs.trial_build import plain
 from tune_spaces.space import describe, load_space
 
 SWEEP = "sweep.json"
@@ -54,10 +55,12 @@ def run(spec: TuneSpec) -> dict[str, Any]:
     chosen = choose(train, manifest)
     base, model = model_digests(train)
     samples = samples_digest(item.sample for item in (*chosen.items, *chosen.held_out))
-    # What a trial learns and how the next one is found. How many there are is no part of it: more of them go on.
+    # What a trial learns and how the next one is found. How many there are is no part of it: more of them go on. Not so
+    # in a population, whose members are compared with each other.
+    how_many = _HOW_MANY - ({"samples"} if spec.search.scheduler == "pbt" else set())
     identity = digest(
         {
-            "search": record_digest(spec.search.model_dump(exclude=_HOW_MANY)),
+            "search": record_digest(spec.search.model_dump(exclude=how_many)),
             "space": record_digest(describe(space)),
             "train": spec_digest(train, _NOT_LEARNT),
             "model": model,
@@ -81,8 +84,9 @@ def run(spec: TuneSpec) -> dict[str, Any]:
         limits=Limits(**spec.budget.model_dump()),
         prices=profile.prices if profile else None,
     )
+    whom = "members of a population" if spec.search.scheduler == "pbt" else "samples"
     line(
-        f"{spec.name}: {spec.search.samples} samples of {space.name} ({', '.join(space.parameters)}), at most "
+        f"{spec.name}: {spec.search.samples} {whom} of {space.name} ({', '.join(space.parameters)}), at most "
         f"{train.optimisation.steps} steps each, judged by {spec.search.metric} on {len(chosen.held_out)} samples"
     )
     began = time.monotonic()
@@ -104,10 +108,13 @@ def run(spec: TuneSpec) -> dict[str, Any]:
         try:
             search = phases.search(parent, budget)
             winner = winner_of(search.trials, spec.search.metric, spec.search.mode)
-            again = phases.confirm(parent, winner, Budget(need=phases.need, prices=budget.prices))
+            again = phases.confirm(
+                parent, winner, search.trials, Budget(need=phases.need, prices=budget.prices)
+            )
         except (NoRoom, SweepFailed) as error:
             raise JobFailed(f"{spec.name}: {error}") from error
-        confirmed = confirmed_values(again.trials if again else [], spec.search.metric)
+        steps = train.optimisation.steps
+        confirmed = confirmed_values(again.trials if again else [], spec.search.metric, steps)
         adapter = phases.keep_adapter(again.trials) if again else None
         sweep = sweep_values(
             spec,
@@ -135,7 +142,7 @@ def run(spec: TuneSpec) -> dict[str, Any]:
             "sweep": str(spec.folder / SWEEP),
             "report": str(page),
             "adapter": str(adapter) if adapter else None,
-            "winner": winner.config if winner else None,
+            "winner": plain(winner.config) if winner else None,
             "confirmed": confirmed,
             "metrics": metrics,
             "stopped_because": search.stopped_because,

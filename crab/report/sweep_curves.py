@@ -33,16 +33,22 @@ def curves(sweep: Sweep) -> Curves | None:
     ordered = _best_last(sweep, drawn)
     ends = tuple(_end(sweep, trial, steps, upwards) for trial in ordered)
     winner = sweep.winner
+    by_name = {trial.name: trial for trial in drawn}
     caption = (
         "The mark at the end of a curve says how the trial ended; a single value is a mark alone."
     )
+    if any(trial.parent is not None for trial in drawn):
+        caption += " A curve begins where the trial ended that it has gone on from."
     if beyond:
         caption += f" Beyond the axis, and drawn at its edge: {beyond} of {len(values)} values."
     return Curves(
         plot=_AREA.plot(
             _AREA.x_axis("training steps", steps), _AREA.y_axis(sweep.metric_title, upwards)
         ),
-        lines=tuple(_curve(sweep, trial, steps, upwards) for trial in ordered),
+        lines=tuple(
+            _curve(sweep, trial, by_name.get(trial.parent or ""), steps, upwards)
+            for trial in ordered
+        ),
         ends=ends,
         rungs=_rungs(sweep, steps),
         best=next((mark for mark in ends if winner and mark.key == winner.key), None),
@@ -50,10 +56,11 @@ def curves(sweep: Sweep) -> Curves | None:
     )
 
 
-def _curve(sweep: Sweep, trial: Trial, steps: Range, upwards: Range) -> Line:
+def _curve(sweep: Sweep, trial: Trial, parent: Trial | None, steps: Range, upwards: Range) -> Line:
     every = -(-len(trial.curve) // _POINTS)
     kept = trial.curve[::every]
     kept += trial.curve[-1:] if kept[-1] != trial.curve[-1] else ()
+    kept = (parent.curve[-1:] if parent else ()) + kept
     places = [
         (_AREA.x(steps.share(step) or 0.0), _AREA.y(clipped(share)))
         if (share := upwards.share(value)) is not None

@@ -38,6 +38,8 @@ class Trial:
     started: datetime | None
     ended: datetime | None
     node: str
+    parent: str | None
+    """Name of the trial that it has gone on from, in a population."""
 
     @property
     def counts(self) -> bool:
@@ -120,6 +122,7 @@ class Sweep:
         """All about a trial in a few lines."""
         steps = f" after {trial.steps:g} steps" if trial.steps else ""
         lines = [f"trial {trial.name}: {trial.status}{steps}"]
+        lines += [f"goes on from trial {trial.parent}"] if trial.parent is not None else []
         lines += [f"best {self.metric} {short(trial.best)}"] if trial.best is not None else []
         lines += [f"{clean(key)} = {word(value)}" for key, value in trial.config.items()]
         lines += [trial.reason[:_REASON]] if trial.reason else []
@@ -181,6 +184,7 @@ def _trial(key: int, raw: Mapping[str, Any]) -> Trial:
         started=_time(raw.get("started")),
         ended=_time(raw.get("ended")),
         node=clean(str(raw.get("node") or "")),
+        parent=None if raw.get("parent") is None else word(raw["parent"]),
     )
 
 

@@ -209,6 +209,21 @@ def names(store: Store) -> list[str]:
     return [match[0] for match in sorted(matches, key=lambda m: (int(m[1]), m[0]))]
 
 
+def take_over(source: Store, step: int, target: Store) -> None:
+    """Copies the checkpoint of this step from another run into one that has none yet.
+
+    Raises IncompleteCheckpointError where there is no whole one of that step.
+    """
+    if any(target.exists(f"{name}/{COMPLETE}") for name in names(target)):
+        return
+    for name in reversed(names(source)):
+        if int(name.split("_")[1]) == step and source.exists(f"{name}/{COMPLETE}"):
+            marker, state = read(source, name)
+            write(target, new_name(step), state, marker)
+            return
+    raise IncompleteCheckpointError(f"{source.url} has no checkpoint of step {step} to go on from")
+
+
 def remove_unusable(store: Store, used: str | None) -> None:
     """Deletes what `newest` has passed over: all that is newer than `used`, and what was not written to its end."""
     for name in names(store):

@@ -42,12 +42,14 @@ class RayTrainTrial(JournaledTrial):
         self._told: queue.Queue[dict[str, float] | BaseException | None] = queue.Queue()
         self._stop = threading.Event()
         plan, journal = self._plan, self._journal
+        self._own_state()
         config = replace(
             plan.training,
             name=STATE,
             storage_path=f"{journal.store.url}/{journal.folder}",
             validate_every=plan.report_every,
             checkpoint_every=plan.report_every,
+            stop_after=self._ends_at,
             max_failures=0,  # Ray Tune counts them
         )
         build = partial(plan.build, {NUMBER: journal.number, **sample}, None)
@@ -78,7 +80,15 @@ class RayTrainTrial(JournaledTrial):
             if isinstance(told, BaseException):
                 raise told
             if told["step"] == step:
+                if step == self._ends_at:
+                    self._await_end()
                 return told
+
+    def _await_end(self) -> None:
+        """The checkpoint of the last step is written then: others may go on from it. Raises what the run raised."""
+        while (told := self._told.get()) is not None:
+            if isinstance(told, BaseException):
+                raise told
 
     def cleanup(self) -> None:
         """Ends the run that is under way, after its step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from crab_platform.trial_journal import TrialJournal, TrialRecord, now, read_tri
 _LOG = logging.getLogger(__name__)
 Sample = Mapping[str, Any]
 Mode = Literal["min", "max"]
-Propose = Callable[[int, Sequence[TrialRecord]], Sample]
-"""(number, the trials so far) -> the sample of that number."""
+Propose = Callable[[int, Sequence[TrialRecord]], Sample | None]
+"""(number, the trials so far) -> the sample of that number, or None where one of them has to end first."""
 REFUSED_IN_A_ROW = 20
 """So many impossible samples one after the other say that the space is wrong."""
 NUM_RANDOM = 10
@@ -137,15 +137,25 @@ class JournaledSearch(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next trial's sample, its number and nodes to avoid; None where one may fail yet and come again."""
         number = self._retries.pop(0) if self._retries else self._new()
+        if number is None and self._in_flight:
+            return None
         if number is None:
-            return None if self._in_flight else Searcher.FINISHED
+            if self._counted < self._num_samples and self.refusal is None:
+                self.refusal = (
+                    f"{self._counted} of {self._num_samples} trials were started: those that the others would have "
+                    "gone on from have failed"
+                )
+            return Searcher.FINISHED
         self._in_flight[trial_id] = number
         return {NUMBER: number, AVOID: self._avoid(), **self._known[number].config}
 
     def _new(self) -> int | None:
-        """The number of the next trial that can be tried; None when there are enough."""
+        """The number of the next trial that can be tried; None when there are enough, or others have to end first."""
         while self._counted < self._num_samples and self.refusal is None:
-            number, sample = self._next()
+            found = self._next()
+            if found is None:
+                break
+            number, sample = found
             reason = self._examine(sample)
             journal = TrialJournal(self._store, number)
             if number not in self._known:
@@ -164,7 +174,7 @@ class JournaledSearch(Searcher):
                 )
         return None
 
-    def _next(self) -> tuple[int, dict[str, Any]]:
+    def _next(self) -> tuple[int, dict[str, Any]] | None:
         if self._old:
             record = self._old.pop(0)
             return record.number, dict(record.config)
@@ -172,7 +182,8 @@ class JournaledSearch(Searcher):
             if record.end is None:  # of the others all is known
                 self._known[number] = read_trial(self._store, number)
         number = 1 + max(self._known, default=-1)
-        return number, dict(self._propose(number, list(self._known.values())))
+        sample = self._propose(number, list(self._known.values()))
+        return None if sample is None else (number, dict(sample))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -190,9 +201,3 @@ class JournaledSearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Never called: a sweep starts anew from its journal."""
         raise NotImplementedError("a sweep is started again from its journal")
-
-
-def fixed(samples: Iterable[Sample]) -> Propose:
-    """These samples, in this order."""
-    wanted = list(samples)
-    return lambda number, _known: wanted[number]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -56,8 +56,15 @@ class Watch(tune.Callback):
         budget: Budget | None = None,
         bad_nodes: BadNodes | None = None,
         reaper: Reaper | None = None,
+        unneeded: Callable[[Sequence[TrialRecord]], Sequence[int]] | None = None,
     ) -> None:
+        """
+        Args:
+            unneeded: of all trials, those whose checkpoints nobody goes on from any more. Left out: all that
+                have ended.
+        """
         self._store, self._metric, self._scheduler = store, metric, scheduler
+        self._unneeded = unneeded
         self._max_failures = max_failures
         self._observers, self._budget = observers, budget
         self._bad_nodes = bad_nodes or BadNodes()
@@ -148,7 +155,11 @@ class Watch(tune.Callback):
     def _end(self, trial: Trial, status: Any, reason: str) -> None:
         journal = TrialJournal(self._store, trial.config[NUMBER])
         journal.finish(status, reason)
-        journal.clear_state()
+        if self._unneeded is None:
+            journal.clear_state()
+        else:
+            for number in self._unneeded(read_trials(self._store)):
+                TrialJournal(self._store, number).clear_state()
         for observer in self._observers:
             observer.ended(read_trial(self._store, journal.number))
 

@@ -100,6 +100,8 @@ class TrainingConfig:
     """What is done with a checkpoint that has learnt from other data than there is now."""
     validate_every: int = 0
     """Every so many steps, and after the last, the metrics tell the loss of what is held out; 0 for never."""
+    stop_after: int | None = None
+    """The run ends after this step with a checkpoint and no export, if it has more steps than that: a part of a run."""
     log_every: int = 1
     max_failures: int = 3
     environment: Mapping[str, str] = field(default_factory=dict)

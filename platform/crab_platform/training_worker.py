@@ -76,10 +76,11 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
                 writer.submit(state, marker)
 
         stopped = False
-        while learner.step < recipe.num_steps:
+        end = min(recipe.num_steps, config.stop_after or recipe.num_steps)
+        while learner.step < end:
             metrics = learner.learn()
             step = learner.step
-            last = step == recipe.num_steps
+            last = step == end
             if config.validate_every and (step % config.validate_every == 0 or last):
                 metrics |= learner.validate()
             # Before the checkpoint, and waiting until it is there: a step that is not done again was seen.
@@ -99,7 +100,8 @@ def _work(loop_config: dict[str, Any], pulse: Pulse) -> dict[str, Any]:
         trained = learner.weights()
         if rank == 0:
             writer.close(config.write_timeout_s)
-            recipe.export(trained, learner.step)
+            if end == recipe.num_steps:
+                recipe.export(trained, learner.step)
     torch.distributed.barrier()
     return learner.metrics
 

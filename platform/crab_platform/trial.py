@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from crab_platform import checkpoint
 from crab_platform.session import Build, Session
 from crab_platform.storage import Store, open_store
 from crab_platform.training_config import TrainingConfig
@@ -26,6 +27,8 @@ NUMBER = "trial"
 """In a trial's configuration, beside its sample: which trial of the sweep it is."""
 AVOID = "avoid"
 """Likewise: nodes that it must not be put on."""
+PARENT = "parent"
+"""In a sample: the trial from whose last checkpoint this one goes on (population.py)."""
 FATAL = "fatal"
 """In a result: why the whole sweep is of no use."""
 AGAIN = "again"
@@ -48,6 +51,8 @@ class TrialPlan:
     """Steps from one result to the next."""
     exports: bool = False
     """Whether a trial that has come to its end writes its adapter."""
+    piece_steps: int | None = None
+    """A trial ends after so many steps and others may go on from it (population.py); None: it goes to the last step."""
 
 
 class JournaledTrial(tune.Trainable):
@@ -69,6 +74,12 @@ class JournaledTrial(tune.Trainable):
         self._sample = sample
         self._shown = 0
         self._known = self._journal.results()
+        parent = sample.get(PARENT)
+        self._parent = None if parent is None else TrialJournal(self._journal.store, parent)
+        self._begins_at = self._parent.results()[-1].step if self._parent else 0
+        self._ends_at = self._plan.num_steps
+        if self._plan.piece_steps is not None:
+            self._ends_at = min(self._ends_at, self._begins_at + self._plan.piece_steps)
         end = self._journal.end()
         self._stops_at = self._known[-1].step if self._known and end is not None else None
         self._is_ready = False
@@ -80,7 +91,7 @@ class JournaledTrial(tune.Trainable):
         else:
             result = self._make()
         self._shown += 1
-        done = result.step >= self._plan.num_steps or result.step == self._stops_at
+        done = result.step >= self._ends_at or result.step == self._stops_at
         shown = {
             "step": result.step,
             "metrics": result.metrics,
@@ -98,8 +109,8 @@ class JournaledTrial(tune.Trainable):
             self._journal.start(self._node())
             self._prepare(self._sample, self._known)
             self._is_ready = True
-        before = self._known[-1].step if self._known else 0
-        step = min(before + self._plan.report_every, self._plan.num_steps)
+        before = self._known[-1].step if self._known else self._begins_at
+        step = min(before + self._plan.report_every, self._ends_at)
         metrics = self._train_to(step)
         result = Result(
             step=step,
@@ -111,6 +122,13 @@ class JournaledTrial(tune.Trainable):
         kept = self._journal.append(len(self._known), result)
         self._known.append(kept)
         return kept
+
+    def _own_state(self) -> Store:
+        """Where its checkpoints lie; before the first of its own, with a copy of the one that it goes on from."""
+        store = open_store(self._journal.state_url)
+        if self._parent is not None:
+            checkpoint.take_over(open_store(self._parent.state_url), self._begins_at, store)
+        return store
 
     def _node(self) -> str:
         """Ray's id of the node that does the work; "" where there may be several."""
@@ -135,7 +153,7 @@ class SessionTrial(JournaledTrial):
     def _prepare(self, sample: Mapping[str, Any], known: Sequence[Result]) -> None:
         if self._session is None:
             self._session = Session(self._plan.build, self._plan.training)
-        self._store: Store = open_store(self._journal.state_url)
+        self._store = self._own_state()
         self._learner = self._session.begin({NUMBER: self._journal.number, **sample}, self._store)
 
     def _train_to(self, step: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from crab_platform.asha import JournaledAsha
+from crab_platform.asha import JournaledAsha, JournaledHyperBand
 from crab_platform.bad_nodes import BadNodes, resources
 from crab_platform.budget import Budget
 from crab_platform.capacity import Capacity, Need, capacity, living_nodes
@@ -35,7 +35,7 @@ from crab_platform.search import JournaledSearch, Mode, Propose, Sample
 from crab_platform.storage import open_store
 from crab_platform.sweep_watch import Observer, SweepStopper, Watch
 from crab_platform.trial import AVOID, NUMBER, JournaledTrial, TrialPlan
-from crab_platform.trial_journal import TrialRecord, read_trials
+from crab_platform.trial_journal import TrialJournal, TrialRecord, read_trials
 
 
 class SweepFailed(Exception):  # noqa: N818 (the condition)
@@ -48,9 +48,9 @@ class SweepConfig:
 
     mode: Mode
     num_samples: int
-    scheduler: Literal["asha", "fifo"] = "asha"
+    scheduler: Literal["asha", "hyperband", "fifo"] = "asha"
     grace_steps: int = 1
-    """ASHA's first rung: no trial is stopped before it."""
+    """The first rung: no trial is stopped before it."""
     reduction_factor: float = 3
     """Of all trials that come to a rung about one in so many goes on."""
     max_failures: int = 3
@@ -80,12 +80,15 @@ def run_trials(
     examine: Callable[[Sample], str | None] = lambda _sample: None,
     observers: Sequence[Observer] = (),
     budget: Budget | None = None,
+    unneeded: Callable[[Sequence[TrialRecord]], Sequence[int]] | None = None,
 ) -> Sweep:
     """Runs a sweep to its end, inside a connection to Ray; goes on with what plan.url holds.
 
     Args:
         propose: the sample of a number (search.py).
         examine: why a sample cannot be tried, or None.
+        unneeded: of all trials, those whose checkpoints are of no use any more (population.py). Left out: all that have
+            ended.
 
     Raises:
         NoRoom: the cluster has no room for a single trial.
@@ -106,6 +109,7 @@ def run_trials(
         budget=budget,
         bad_nodes=bad_nodes,
         reaper=reaper,
+        unneeded=unneeded,
     )
     search = JournaledSearch(
         store,
@@ -126,6 +130,9 @@ def run_trials(
                 f"stopped by SIGTERM; {plan.url} has what trials have shown, start the same command again to go on"
             )
     trials = read_trials(store)
+    if unneeded is not None and not watch.is_over:
+        for record in trials:  # nothing comes after them
+            TrialJournal(store, record.number).clear_state()
     has_result = any(record.results for record in trials)
     if watch.fatal is not None or (search.refusal is not None and not has_result):
         raise SweepFailed(str(watch.fatal or search.refusal))
@@ -201,7 +208,8 @@ def _sigterm() -> Iterator[Event]:
 def _scheduler(plan: TrialPlan, config: SweepConfig) -> TrialScheduler:
     if config.scheduler == "fifo":
         return FIFOScheduler()  # type: ignore[no-untyped-call]  # Ray's has no types
-    return JournaledAsha(
+    kind = JournaledAsha if config.scheduler == "asha" else JournaledHyperBand
+    return kind(
         time_attr="step",
         metric=plan.metric,
         mode=config.mode,

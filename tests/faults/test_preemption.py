@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,18 @@ def test_a_drained_node_leaves_a_checkpoint_in_time(
         store = open_store(tmp_path / "run")
         return max((checkpoint.read_marker(store, n).step for n in whole(tmp_path)), default=0)
 
-    def take_nodes_back() -> None:
+    # Ray adds nodes in the main thread only, so the run is in another.
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
         node = cluster.add_node(num_cpus=2)
+        training = pool.submit(
+            run, plan, on_step=told.append, stop=stop, checkpoint_every=100_000, max_failures=0
+        )
         try:
             for _ in range(NOTICES):
                 so_far = len(told)
                 while len(told) < so_far + 5:
+                    assert not training.done(), training.exception()
                     time.sleep(0.1)
                 other = cluster.add_node(num_cpus=2)
                 noticed_at, noticed = time.monotonic(), told[-1]
@@ -174,13 +181,9 @@ def test_a_drained_node_leaves_a_checkpoint_in_time(
                 seen.append((noticed, newest(), told[-1], committed_s))
                 node = other
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # the run ends, in the main thread
-
-    thread = threading.Thread(target=take_nodes_back)
-    thread.start()
-    with pytest.raises(Stopped):
-        run(plan, on_step=told.append, checkpoint_every=100_000, max_failures=0)
-    thread.join()
+            stop.set()
+        with pytest.raises(Stopped):
+            training.result()
     assert len(seen) == NOTICES
     assert told == list(range(1, told[-1] + 1))
     for noticed, kept, last, committed_s in seen:

@@ -77,3 +77,37 @@ def test_stopped_trials_of_two_workers_give_all_back(
     assert statuses["stopped"] >= 1, trials
     assert statuses["stopped"] + statuses["completed"] == 4, trials
     assert Path(result["adapter"]).is_dir()
+
+
+def test_members_of_two_workers_go_on_from_each_other(tmp_path: Path, env: dict[str, str]) -> None:
+    """Its rival, trained again in two pieces, has the loss of a train job of one piece."""
+    spec = spec_of(tmp_path) | {
+        "space": ["heads_and_temperature", "optim"],
+        "search": {"samples": 2, "scheduler": "pbt", "interval": 2},
+        "confirm": {"seeds": 1, "compare": {"plain": {"num_heads": 1}}},
+    }
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    run = CrabRun(["run", str(file), "--json"], env, tmp_path)
+    try:
+        wait_for(lambda: not run.is_running(), "the population to end", 1500)
+        result = run.finish()
+    finally:
+        run.end_all()
+    trials = json.loads(Path(result["sweep"]).read_text())["trials"]
+    assert [trial["steps"] for trial in trials] == [2, 2, 4, 4]
+    assert len({trial["parent"] for trial in trials[2:]}) == 1, "the worse one of two was left"
+    rival = result["confirmed"][1]
+
+    train = {name: spec[name] for name in ("runs", "tracking")} | spec["train"]
+    train |= {"job": "train", "name": "alone"}
+    train["optimisation"]["seed"] = rival["seeds"][0]
+    train["model"]["set"] = {"adapter": {"num_heads": 1}}
+    file.write_text(yaml.safe_dump(train))
+    run = CrabRun(["run", str(file), "--json"], env, tmp_path)
+    try:
+        wait_for(lambda: not run.is_running(), "the train job to end", 1500)
+        alone = run.finish()
+    finally:
+        run.end_all()
+    assert alone["metrics"]["val/loss"] == rival["values"][0]

@@ -126,6 +126,41 @@ def test_mlflow_has_a_run_for_each_trial_below_that_of_the_sweep(
     assert parent.data.metrics["confirmed/winner/mean"] == swept["confirmed"][0]["mean"]
 
 
+def test_a_population_learns_in_pieces_what_it_would_learn_in_one(job: Job) -> None:
+    """Its rival, trained again in three pieces by processes that trained others between them, has the loss of the
+    sweep's rival before, bit for bit. The winner's way is the one that the search has found."""
+    with ray_cluster.connected(2):
+        whole = run_spec(spec_of(values(job, confirm={"seeds": 2, "compare": {"n=1": COMPARE}})))
+        found = run_spec(
+            spec_of(
+                values(
+                    job,
+                    name="population",
+                    space=["heads_and_temperature", "optim"],
+                    search={"scheduler": "pbt", "samples": 4, "interval": 2},
+                    confirm={"seeds": 2, "compare": {"n=1": COMPARE}},
+                )
+            )
+        )
+    rivals = [result["confirmed"][1] for result in (whole, found)]
+    assert rivals[0]["values"] == rivals[1]["values"]
+    sweep = json.loads(Path(found["sweep"]).read_text())
+    trials = sweep["trials"]
+    assert [trial["steps"] for trial in trials] == [2] * 4 + [4] * 4 + [6] * 4
+    changed = 0
+    for trial in trials[4:]:
+        before = trials[trial["parent"]]
+        assert before["steps"] == trial["steps"] - 2
+        assert trial["config"]["num_heads"] == before["config"]["num_heads"]
+        changed += trial["config"] != before["config"]
+    assert changed == 2, "one of four in each of two generations"
+    best = min(trials[8:], key=lambda trial: trial["last"])
+    assert found["winner"] == best["config"]
+    assert len(found["confirmed"][0]["values"]) == 2
+    verify_model(found["adapter"])
+    assert not list(Path(found["sweep"]).parent.rglob("trials/*/state/*/complete.json"))
+
+
 def test_what_is_done_is_not_done_again(job: Job, swept: dict[str, Any]) -> None:
     assert run_spec(spec_of(values(job))) == swept
 
@@ -142,6 +177,10 @@ def test_a_cold_cache_is_refused_and_the_error_says_how(job: Job) -> None:
     [
         ({"search": {"grace_steps": STEPS + 1}}, "grace_steps"),
         ({"budget": {"money": 1}}, "prices"),
+        ({"search": {"scheduler": "pbt", "samples": 4}}, "needs search.interval"),
+        ({"search": {"scheduler": "pbt", "samples": 4, "interval": 3}}, "validation.every"),
+        ({"search": {"scheduler": "pbt", "samples": 1, "interval": 2}}, "two at least"),
+        ({"search": {"interval": 2, "grace_steps": 2}}, "of scheduler pbt only"),
         ({"confirm": {"compare": {"winner": {"num_heads": 1}}}}, "winner"),
         ({"space": ["heads_and_temperatur"]}, "heads_and_temperature"),
         ({"search": {"grace_steps": 2, "first": [{"num_heads": 99}]}}, "num_heads"),

@@ -12,11 +12,13 @@ import ray
 from ray.util import placement_group_table
 from support.crab_runs import wait_for
 from support.curve_trials import METRIC, CurveTrial, Faults, loss, plan
-from support.sweep_driver import proposals
+from support.sweep_driver import SPACE, proposals
 
 from crab_platform import ray_cluster
 from crab_platform.budget import Budget, Limits
 from crab_platform.capacity import Need, NoRoom
+from crab_platform.population import PopulationProposals, generations, unneeded
+from crab_platform.search import OptunaProposals
 from crab_platform.trial_journal import TrialRecord
 from crab_platform.tuning import Sweep, SweepConfig, SweepFailed, run_trials
 
@@ -80,6 +82,41 @@ def test_a_sweep_stops_early_reuses_processes_and_gives_all_back(tmp_path: Path)
     again = sweep(tmp_path, Faults(folder=str(tmp_path)))
     assert again.trials == found.trials
     assert worked(tmp_path) == sum(trial.steps for trial in found.trials), "trained twice"
+
+
+def test_hyperband_stops_trials_in_some_brackets_and_lets_others_go_on(tmp_path: Path) -> None:
+    found = sweep(tmp_path, Faults(), num_samples=24, scheduler="hyperband", reduction_factor=3)
+    stopped = [trial for trial in found.trials if trial.status == "stopped"]
+    assert {trial.steps for trial in stopped} >= {1, 3}, "all brackets have the same first rung"
+    assert Counter(trial.status for trial in found.trials)["completed"] >= 3
+
+
+def test_a_population_goes_on_from_its_best_and_again_costs_nothing(tmp_path: Path) -> None:
+    def run() -> Sweep:
+        space = {"x": SPACE["x"], "y": SPACE["y"]}
+        draw = OptunaProposals(space=space, searcher="random", metric=METRIC, mode="min", seed=1)
+        return run_trials(
+            CurveTrial,
+            plan(str(tmp_path), Faults(folder=str(tmp_path), dies_once=(5,)), piece_steps=3),
+            SweepConfig(mode="min", num_samples=3 * 4, scheduler="fifo"),
+            PopulationProposals(
+                draw=draw, size=4, space=space, kept=frozenset(), metric=METRIC, mode="min", seed=1
+            ),
+            unneeded=unneeded(4),
+        )
+
+    found = run()
+    assert found.stopped_because is None
+    for number, generation in enumerate(generations(found.trials)):
+        assert len(generation) == 4
+        for trial in generation:
+            assert trial.status == "completed"
+            steps = range(3 * number + 1, 3 * number + 4)
+            assert [result.step for result in trial.results] == list(steps)
+            assert curve(trial) == [loss(trial.config, step) for step in steps]
+    assert run().trials == found.trials
+    assert worked(tmp_path) <= 9 * 4 + 1, "only the step in which a process died is made again"
+    assert groups_left() == []
 
 
 def test_a_larger_sweep_goes_on_from_a_smaller_one(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class CurveTrial(JournaledTrial):
 
     def _prepare(self, sample: Mapping[str, Any], known: Sequence[Result]) -> None:
         self._faults: Any = self._plan.build
-        self._at = known[-1].step if known else 0
+        self._at = known[-1].step if known else self._begins_at
         if self._faults.folder:
             with Path(self._faults.folder, f"pid-{self._journal.number}").open("a") as file:
                 file.write(f"{os.getpid()}\n")
@@ -83,7 +83,13 @@ class CurveTrial(JournaledTrial):
 
 
 def plan(
-    url: str, faults: Faults, *, num_steps: int = 9, report_every: int = 1, metric: str = METRIC
+    url: str,
+    faults: Faults,
+    *,
+    num_steps: int = 9,
+    report_every: int = 1,
+    metric: str = METRIC,
+    piece_steps: int | None = None,
 ) -> TrialPlan:
     from crab_platform.training_config import TrainingConfig
 
@@ -94,6 +100,7 @@ def plan(
         metric=metric,
         num_steps=num_steps,
         report_every=report_every,
+        piece_steps=piece_steps,
     )
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -346,10 +347,16 @@ class Run:
         return {f"{file}:{k}": v for file in files for k, v in load_file(adapter / file).items()}
 
 
-def run(plan: Plan, *, on_step: Callable[[int], object] | None = None, **changes: Any) -> Run:
+def run(
+    plan: Plan,
+    *,
+    on_step: Callable[[int], object] | None = None,
+    stop: Event | None = None,
+    **changes: Any,
+) -> Run:
     """Trains `plan`; to be called inside a connection to Ray. The checkpoints lie beside its output.
 
-    `on_step` hears of every step (1-based) when its metrics arrive.
+    `on_step` hears of every step (1-based) when its metrics arrive; who sets `stop` ends the run as SIGTERM does.
     """
     settings = TrainingConfig(
         name="run", storage_path=plan.out, checkpoint_every=2, keep_checkpoints=10, max_failures=1
@@ -362,5 +369,5 @@ def run(plan: Plan, *, on_step: Callable[[int], object] | None = None, **changes
         if on_step is not None:
             on_step(int(values["step"]))
 
-    result = train(partial(TinyRecipe, plan), settings, on_metrics)
+    result = train(partial(TinyRecipe, plan), settings, on_metrics, stop=stop)
     return Run(plan=plan, config=settings, metrics=metrics, result=result)

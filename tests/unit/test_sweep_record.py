@@ -9,6 +9,7 @@ import pytest
 
 from crab_platform.budget import Budget
 from crab_platform.capacity import Need
+from crab_platform.trial import PARENT
 from crab_platform.trial_journal import End, Result, Status, TrialRecord
 from jobs.sweep_record import confirmed_values, trial_values, winner_of
 from jobs.trial_build import LABEL, SEED
@@ -47,13 +48,26 @@ def test_confirmed_settings_have_mean_and_spread_of_their_seeds() -> None:
         trial(2, 9.0, 3.0, num_heads=3, **{LABEL: "winner", SEED: 44}),
         trial(3, status="failed", num_heads=1, **{LABEL: "n=1", SEED: 44}),
     ]
-    winner, rival = confirmed_values(trials, METRIC)
+    winner, rival = confirmed_values(trials, METRIC, 20)
     assert (winner["label"], winner["config"], winner["seeds"]) == (
         *("winner", {"num_heads": 3}, [43, 44]),
     )
     assert winner["values"] == [1.0, 3.0]
     assert (winner["mean"], winner["std"]) == (2.0, pytest.approx(math.sqrt(2)))
     assert (rival["values"], rival["mean"], rival["std"], rival["failed"]) == ([2.0], 2.0, None, 1)
+
+
+def test_of_a_way_in_pieces_only_the_last_one_counts() -> None:
+    """Seed 43 comes to the end, seed 44 fails on its way."""
+    trials = [
+        trial(0, 9.0, rate=1.0, **{LABEL: "winner", SEED: 43}),
+        trial(1, 8.0, rate=1.0, **{LABEL: "winner", SEED: 44}),
+        trial(2, 9.0, 5.0, rate=1.2, **{LABEL: "winner", SEED: 43, PARENT: 0}),
+        trial(3, status="failed", rate=1.2, **{LABEL: "winner", SEED: 44, PARENT: 1}),
+    ]
+    (winner,) = confirmed_values(trials, METRIC, 20)
+    assert (winner["seeds"], winner["values"], winner["failed"]) == ([43], [5.0], 1)
+    assert winner["config"] == {"rate": 1.2}, "what it has at its end"
 
 
 def test_numbers_that_are_none_are_none() -> None:

@@ -18,7 +18,7 @@ from crab.model.llm import load_tokenizer
 from crab.model.meta import meta_model
 from jobs.plan_memory import memory_of
 from jobs.presets import crab_model_config
-from jobs.spec import SpecError, TrainSpec, parse_spec
+from jobs.spec import SpecError, TrainSpec, TuneSpec, load_spec, parse_spec
 from jobs.trial_spec import examine, trial_spec
 from tune_spaces.space import Parameter, Space, load_space
 
@@ -366,3 +366,12 @@ def test_the_sizes_of_the_paper_preset_need_no_weights() -> None:
     # tests/unit/test_paper_shapes.py has both, of the adapter alone.
     more = examine(spec).trained_parameters - examine(plain).trained_parameters
     assert more == 69_197_824 - 45_162_496
+
+
+@pytest.mark.parametrize("name", ["tune-heads", "tune-population"])
+def test_shipped_sweeps_are_specs_whose_samples_can_be(name: str) -> None:
+    spec = load_spec(f"jobs/specs/{name}.yaml")
+    assert isinstance(spec, TuneSpec)
+    space = load_space(spec.space)
+    for sample in (*spec.search.first, *spec.confirm.compare.values()):
+        assert examine(trial_spec(spec.train, space, sample)).objection is None
