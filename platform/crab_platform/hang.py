@@ -29,6 +29,8 @@ from crab_platform.storage import Store, StoreError
 _LOG = logging.getLogger(__name__)
 BEAT_S = 2.0
 SILENT_S = 30.0
+_LIVES_S = 10.0
+"""Who has said something within so many seconds is taken to live. Less than SILENT_S: nobody is killed for it."""
 SLOWER_THAN_BEFORE = 10.0
 """A piece of work may take so many times as long as the longest before it."""
 
@@ -150,6 +152,11 @@ def _limit_s(beat: Beat, limit_s: float) -> float:
     if beat.phase != "train" or beat.longest_s == 0:
         return PATIENCE_S
     return max(limit_s, SLOWER_THAN_BEFORE * beat.longest_s)
+
+
+def is_at_work(beats: list[tuple[Beat, float]]) -> bool:
+    """Whether some rank lives and is past the building of its model."""
+    return any(age_s < _LIVES_S and beat.phase != "start" for beat, age_s in beats)
 
 
 def report(why: str, beats: list[tuple[Beat, float]]) -> str:

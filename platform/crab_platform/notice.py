@@ -7,10 +7,11 @@ writes one at once and then after every step, until that happens.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -41,34 +42,55 @@ class Bell:
 
 
 @contextmanager
-def rung_by_sigterm(told: threading.Event | None = None) -> Iterator[Any]:
+def rung_by_sigterm(told: threading.Event, is_at_work: Callable[[], bool]) -> Iterator[Any]:
     """A bell that SIGTERM rings, for as long as the block lasts, and who sets `told`. Outside the main thread only that
-    does: signals do not get there."""
+    does: signals do not get there.
+
+    Args:
+        is_at_work: whether there is a worker that will hear it. Where there is none, as long as the run waits for room
+            or loads its model, the block is interrupted. Only in the main thread.
+
+    Raises Stopped then. Ray Train itself would only listen when it has waited for room for a minute.
+    """
     import ray
 
     actor: Any = ray.remote(num_cpus=0)(Bell)
     bell = actor.remote()
-    told = told or threading.Event()
 
     def ring() -> None:
         told.wait()
-        if not ended:
-            bell.ring.remote()
+        if ended.is_set():
+            return
+        bell.ring.remote()
+        if in_main and not is_at_work() and not ended.wait(_POLL_S) and not is_at_work():
+            alone.set()
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    ended = False
+    def hear(*_: Any) -> None:
+        # The handler may run inside a call of Ray's, where no other may be made: a thread rings.
+        if alone.is_set():
+            raise KeyboardInterrupt  # the only exception that leaves a call of Ray's
+        told.set()
+
+    ended, alone = threading.Event(), threading.Event()
     before = None
     in_main = threading.current_thread() is threading.main_thread()
     if in_main:
-        # The handler may run inside a call of Ray's, where no other may be made: a thread rings.
-        before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+        before = signal.signal(signal.SIGTERM, hear)
     thread = threading.Thread(target=ring, name="notice", daemon=True)
     thread.start()
     try:
         yield bell
+    except KeyboardInterrupt as error:
+        if not alone.is_set():
+            raise
+        raise Stopped(
+            "stopped by SIGTERM before a worker had begun a step; start the same command again to go on"
+        ) from error
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
-        ended = True
+        ended.set()
         told.set()
         thread.join()
         ray.kill(bell)

@@ -24,7 +24,7 @@ from threading import Event
 from typing import Any
 
 from crab_platform import checkpoint, nccl_watch
-from crab_platform.hang import watched
+from crab_platform.hang import is_at_work, watched
 from crab_platform.notice import Stopped, rung_by_sigterm
 from crab_platform.storage import open_store
 from crab_platform.training_config import Recipe, TrainingConfig
@@ -66,6 +66,7 @@ def train(
         SkippedTooOftenError: losses or gradients were no numbers, or far too large, several steps in a row.
         CheckpointMismatchError, DataChangedError: the run's checkpoints are of another model, or of other data.
     """
+    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -76,8 +77,8 @@ def train(
     checkpoint.mend(store)
     with (
         _forwarded(on_metrics, on_group) as reports,
-        rung_by_sigterm(stop) as bell,
         watched(store, config.hang_timeout_s) as board,
+        rung_by_sigterm(stop or Event(), lambda: is_at_work(ray.get(board.read.remote()))) as bell,
         nccl_watch.observed(use_gpu=config.use_gpu, hang_timeout_s=config.hang_timeout_s),
     ):
         loop: Any = work  # types know V1, whose loop returns nothing
@@ -107,9 +108,7 @@ def train(
         )
         try:
             result: Any = trainer.fit()
-        except (
-            SystemExit
-        ) as error:  # how Ray Train ends on Ctrl-C, after it has stopped its workers
+        except SystemExit as error:  # of Ray Train on Ctrl-C, after it has stopped its workers
             raise KeyboardInterrupt from error
     metrics: dict[str, Any] = dict(result.return_value or {})
     if GAVE_UP in metrics:

@@ -25,7 +25,7 @@ from crab_platform.storage import open_store
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 AWAY_S = 60
-EVERY = 20
+EVERY, STEPS = 10, 160
 
 
 class Outage:
@@ -66,13 +66,13 @@ def train_through(
     """A run that lasts for longer than the outage, and when its steps arrived."""
     outage = Outage(AWAY_S)
     at: list[float] = []
-    steps = 8 * EVERY
-    step_s = 1.2 * AWAY_S / (steps - 2 * EVERY)
+    # Asleep for so long in each that even steps that take no time at all last for longer than the outage.
+    step_s = 1.2 * AWAY_S / (STEPS - 2 * EVERY)
     with away(s3, monkeypatch, outage), connected(num_cpus=3):
         plan = Plan(
             llm=write_llm(tmp_path / "llm"),
             out=str(tmp_path),
-            steps=steps,
+            steps=STEPS,
             step_s=step_s,
             waits_for_checkpoints=sync,
         )
@@ -93,7 +93,7 @@ def train_through(
             checkpoint.read(store, name)[0].step for name in marked
         ]  # raises where data is missing
         assert whole[0] == EVERY
-        assert whole[-1] == steps
+        assert whole[-1] == STEPS
     return seen, outage, at
 
 

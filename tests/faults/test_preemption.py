@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
 from servers.seaweedfs import free_ports
+from support.crab_runs import wait_for
 from support.tiny_training import Plan, run, write_llm
 
 from crab_platform import checkpoint
@@ -31,6 +33,7 @@ WINDOW_S = 30
 _DRIVER = """
 import sys
 from pathlib import Path
+from support.crab_runs import wait_for
 from support.tiny_training import Plan, run
 from crab_platform.ray_cluster import connected
 from crab_platform.training import Stopped
@@ -114,6 +117,38 @@ def test_workers_that_do_not_listen_are_noticed(tmp_path: Path) -> None:
     assert whole(tmp_path) == []
     driver.kill()
     driver.wait()
+
+
+_LOOK_FOR_GROUP = """
+import threading
+import time
+from ray.util import placement_group_table
+
+def look():
+    while not any(g["state"] == "PENDING" for g in placement_group_table().values()):
+        time.sleep(0.2)
+    Path(plan.out, "waits").touch()
+
+threading.Thread(target=look, daemon=True).start()
+"""
+
+
+def test_sigterm_ends_a_run_that_waits_for_room(tmp_path: Path) -> None:
+    """Nobody is there to hear of it, and nothing to save: a pod that is deleted must not sit out its grace."""
+    plan = Plan(llm=write_llm(tmp_path / "llm"), out=str(tmp_path), steps=4)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = outside | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    code = _DRIVER.replace("num_cpus=3", "num_cpus=1")  # for two workers
+    code = code.replace("    try:\n", indent(_LOOK_FOR_GROUP, "    ") + "    try:\n", 1)
+    with (tmp_path / "said").open("wb") as said:
+        driver = subprocess.Popen([sys.executable, "-c", code, repr(plan)], env=env, stderr=said)
+        try:
+            wait_for((tmp_path / "waits").exists, "it to wait for room")
+            driver.send_signal(signal.SIGTERM)
+            assert driver.wait(WINDOW_S) == 1
+        finally:
+            driver.kill()
+    assert "by SIGTERM before a worker had begun" in (tmp_path / "said").read_text()
 
 
 @pytest.fixture
