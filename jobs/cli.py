@@ -203,6 +203,51 @@ def run(
 
 
 @app.command()
+def submit(
+    spec: Annotated[Path, typer.Argument(help="A YAML file; those shipped are in jobs/specs/.")],
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="Name of a profile in k8s/profiles that describes a cluster, or its file."
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the spec, as in run."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the RayJob as YAML and send nothing.")
+    ] = False,
+    misses: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of a preprocess job: streams not in the cache, as crab plan counts them. With 0 no GPU is asked for.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the RayJob that runs a spec on a profile's cluster (KubeRay). Only with --dry-run so far.
+
+    It is checked against what KubeRay and Kueue refuse, and its name holds a digest of all that is in it. Sending it is
+    not built yet; kubectl does:
+
+      crab submit jobs/specs/train-shapes.yaml --profile eks-example --dry-run > job.yaml
+
+      kubectl create -f job.yaml
+    """
+    from jobs.submit import as_yaml, manifest_of
+
+    job = manifest_of(spec, changes or [], profile, misses=misses)
+    if not dry_run:
+        _fail(
+            "sending jobs is not built yet. Add --dry-run, and give what it prints to kubectl create -f -",
+            2,
+        )
+    _finish(job, as_json, as_yaml(job).rstrip())
+
+
+@app.command()
 def report(
     name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a finished evaluate job.")],
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("work/runs"),

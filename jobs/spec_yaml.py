@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from jobs.spec_errors import SpecError
 
 
 def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file after `changes` ("a.b=value" each; the value is read as YAML). Raises SpecError."""
+    """The mapping in a YAML file after `changes` ("a.b=value" each; the value is read as YAML). Raises SpecError.
+
+    `env:NAME` is read from the variable NAME, in which a job on a cluster gets its spec.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text(str(path))
     except OSError as error:
         known = sorted(p.name for p in (Path(__file__).parent / "specs").glob("*.yaml"))
         raise SpecError(
@@ -32,6 +36,15 @@ def read_yaml(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     for change in changes:
         _apply(values, change)
     return values
+
+
+def _text(path: str) -> str:
+    if not path.startswith("env:"):
+        return Path(path).read_text(encoding="utf-8")
+    name = path.removeprefix("env:")
+    if name not in os.environ:
+        raise SpecError(f"{path}: the variable {name} is not set")
+    return os.environ[name]
 
 
 def _apply(values: dict[str, Any], change: str) -> None:

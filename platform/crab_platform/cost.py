@@ -25,8 +25,12 @@ GB = 1e9
 PROFILES = Path(__file__).resolve().parents[2] / "k8s" / "profiles"
 """The profiles of this checkout; any other is given by its path."""
 
-SECTIONS = ("prices", "namespace", "queue", "image", "node_groups", "bucket", "mlflow")
-"""What a profile may hold. Only the prices are read here; the rest describes the cluster."""
+SECTIONS = (
+    *("prices", "namespace", "image", "image_pull_secret", "ray_version", "service_account"),
+    *("auth_secret", "node_groups", "queue", "workspace", "bucket", "mlflow", "environment"),
+    *("secrets", "limits"),
+)
+"""What a profile may hold. Only the prices are read here; the rest describes the cluster (cluster_profile.py)."""
 
 
 class ProfileError(ValueError):
@@ -80,6 +84,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
     Raises ProfileError where it is absent, is not YAML, or holds a key or a price that is not
     known, with the nearest name that is.
     """
+    path, _, prices = read_profile(name_or_path)
+    return Profile(name=path.stem, prices=prices)
+
+
+def read_profile(name_or_path: str | Path) -> tuple[Path, dict[str, Any], Prices]:
+    """A profile's file, all that it holds, and its prices. Raises ProfileError as load_profile does."""
     path = _profile_path(str(name_or_path))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -93,12 +103,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
         )
     for key in values:
         if key not in SECTIONS:
-            raise ProfileError(f"{path}: {key}: unknown key; {_hint(str(key), SECTIONS)}")
+            raise ProfileError(f"{path}: {key}: unknown key; {hint(str(key), SECTIONS)}")
     try:
         prices = Prices.model_validate(values["prices"])
     except ValidationError as error:
         raise ProfileError(f"{path}: {_explain(error)}") from error
-    return Profile(name=path.stem, prices=prices)
+    return path, values, prices
 
 
 def compute_cost(cpu_s: float, gpu_s: float, prices: Prices) -> float:
@@ -180,7 +190,7 @@ def _profile_path(text: str) -> Path:
     if not path.is_file():
         known = sorted(file.stem for file in PROFILES.glob("*.yaml"))
         raise ProfileError(
-            f"there is no profile {text!r} in {PROFILES}; {_hint(text, known)}, or give the path "
+            f"there is no profile {text!r} in {PROFILES}; {hint(text, known)}, or give the path "
             "of a YAML file"
         )
     return path
@@ -192,14 +202,15 @@ def _explain(error: ValidationError) -> str:
         name = ".".join(map(str, problem["loc"]))
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key; {_hint(name, Prices.model_fields)}"
+            message = f"unknown key; {hint(name, Prices.model_fields)}"
         elif problem["type"] == "float_type":
             message = f"is {problem['input']!r}; expected a number such as 0.023"
         lines.append(f"prices.{name}: {message}")
     return "; ".join(lines)
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"

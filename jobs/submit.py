@@ -1,0 +1,73 @@
+"""A spec becomes the RayJob that runs it on a profile's cluster: `crab submit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crab_platform.cluster_profile import load_cluster, looks_secret
+from crab_platform.rayjob import JobRequest, ray_job
+from crab_platform.rayjob_rules import objections
+from jobs.placement import needs_of
+from jobs.spec import SpecError, parse_spec
+from jobs.spec_yaml import read_yaml
+
+
+def manifest_of(
+    path: str | Path, changes: Sequence[str], profile: str, *, misses: int | None = None
+) -> dict[str, Any]:
+    """The RayJob of a spec.
+
+    Args:
+        changes: as of `crab run --set`.
+        profile: name or path of a profile that describes a cluster.
+        misses: see placement.needs_of.
+
+    Raises:
+        SpecError: the spec, or what it asks of this cluster, cannot be.
+        ProfileError: the profile is wrong.
+    """
+    _, cluster, _ = load_cluster(profile)
+    values = read_yaml(path, changes)
+    _refuse_secrets(values, "")
+    # Where runs are tracked is the cluster's matter, of the steps of a sequence too.
+    values["tracking"] = {**values.get("tracking", {}), "uri": cluster.mlflow.uri}
+    for step in values.get("steps", ()):
+        step.pop("tracking", None)
+    spec = parse_spec(values, str(path))
+    request = JobRequest(
+        name=spec.name,
+        kind=spec.job,
+        spec=json.dumps(values, sort_keys=True),
+        needs=needs_of(spec, cluster, misses),
+        version=version("crab-platform"),
+    )
+    job = ray_job(request, cluster)
+    if found := objections(job):
+        raise SpecError("the cluster would refuse this job:\n" + "\n".join(found))
+    return job
+
+
+def as_yaml(job: Mapping[str, Any]) -> str:
+    """For kubectl and for people."""
+    return yaml.safe_dump(dict(job), sort_keys=False, width=120)
+
+
+def _refuse_secrets(values: Any, where: str) -> None:
+    """Whoever may read RayJobs reads specs."""
+    if isinstance(values, Mapping):
+        for name, inner in values.items():
+            _refuse_secrets(inner, f"{where}.{name}" if where else str(name))
+    elif isinstance(values, list):
+        for number, inner in enumerate(values):
+            _refuse_secrets(inner, f"{where}[{number}]")
+    elif isinstance(values, str) and looks_secret("", values):
+        raise SpecError(
+            f"{where} holds a secret, which everybody could read in the RayJob; leave it out, and name a Secret in the "
+            "profile under secrets:"
+        )
