@@ -202,15 +202,25 @@ def run(
     _finish(result, as_json)
 
 
+ClusterProfileOption = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        envvar="CRAB_PROFILE",
+        help="Name of a profile in k8s/profiles that describes a cluster, or its file.",
+    ),
+]
+ContextOption = Annotated[
+    str | None, typer.Option(help="A context of KUBECONFIG; the current one when left out.")
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="As crab jobs lists it.")]
+
+
 @app.command()
 def submit(
     spec: Annotated[Path, typer.Argument(help="A YAML file; those shipped are in jobs/specs/.")],
-    profile: Annotated[
-        str,
-        typer.Option(
-            help="Name of a profile in k8s/profiles that describes a cluster, or its file."
-        ),
-    ],
+    profile: ClusterProfileOption,
+    context: ContextOption = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the spec, as in run."),
@@ -218,6 +228,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the RayJob as YAML and send nothing.")
     ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
     misses: Annotated[
         int | None,
         typer.Option(
@@ -227,24 +238,59 @@ def submit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the RayJob that runs a spec on a profile's cluster (KubeRay). Only with --dry-run so far.
+    """Run a spec on a cluster, as a RayJob (KubeRay), and wait for its end.
 
-    It is checked against what KubeRay and Kueue refuse, and its name holds a digest of all that is in it. Sending it is
-    not built yet; kubectl does:
+    The job is checked against what KubeRay and Kueue refuse before anything is sent, and by the server before it is
+    made. Its name holds a digest of all that is in it: the same command again finds the same job, and goes on waiting
+    for it. Exit code 0 when it has succeeded, 1 when it has failed, 3 when the cluster does not answer.
 
-      crab submit jobs/specs/train-shapes.yaml --profile eks-example --dry-run > job.yaml
-
-      kubectl create -f job.yaml
+      crab submit jobs/specs/train-shapes.yaml --profile eks-example --dry-run
     """
+    from jobs import cluster_jobs
     from jobs.submit import as_yaml, manifest_of
 
     job = manifest_of(spec, changes or [], profile, misses=misses)
-    if not dry_run:
-        _fail(
-            "sending jobs is not built yet. Add --dry-run, and give what it prints to kubectl create -f -",
-            2,
-        )
-    _finish(job, as_json, as_yaml(job).rstrip())
+    if dry_run:
+        _finish(job, as_json, as_yaml(job).rstrip())
+        return
+    _finish(cluster_jobs.submit(cluster_jobs.api_of(profile, context), job, detach=detach), as_json)
+
+
+@app.command("jobs")
+def jobs_(
+    profile: ClusterProfileOption, context: ContextOption = None, as_json: AsJson = False
+) -> None:
+    """List the jobs of a profile's namespace, and what each of them is doing."""
+    from jobs import cluster_jobs
+
+    found = cluster_jobs.show_jobs(cluster_jobs.api_of(profile, context))
+    _finish({"jobs": found}, as_json)
+
+
+@app.command()
+def status(
+    name: JobName,
+    profile: ClusterProfileOption,
+    context: ContextOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a job is doing. The state is the API's, never a log's."""
+    from jobs import cluster_jobs
+
+    _finish(cluster_jobs.show_status(cluster_jobs.api_of(profile, context), name), as_json)
+
+
+@app.command()
+def stop(
+    name: JobName,
+    profile: ClusterProfileOption,
+    context: ContextOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job and remove it with its cluster. What it has committed stays."""
+    from jobs import cluster_jobs
+
+    _finish(cluster_jobs.stop(cluster_jobs.api_of(profile, context), name), as_json)
 
 
 @app.command()
@@ -377,6 +423,7 @@ def main() -> None:
     _quieten()
     from crab_platform.cache import PublishTooSlow
     from crab_platform.catalog import CorruptManifest
+    from crab_platform.cluster_errors import ClusterRefused, ClusterUnreachable
     from crab_platform.garbage import CollectionRuns
     from crab_platform.guards import SkippedTooOftenError
     from crab_platform.holding import FeaturesGone
@@ -409,11 +456,11 @@ def main() -> None:
         _fail("stopped; start the same command again to continue", 130)
     except Stopped as stopped:
         _fail(str(stopped), 143)
-    except StoreUnreachable as error:
+    except (StoreUnreachable, ClusterUnreachable) as error:
         _fail(str(error), 3)
     except SkippedTooOftenError as error:
         _fail(str(error), 4)
-    except (JobFailed, StoreError, *told_by_the_cache) as error:
+    except (JobFailed, StoreError, ClusterRefused, *told_by_the_cache) as error:
         _fail(str(error), 1)
     except ValueError as error:  # also SpecError: what the user gave is wrong
         _fail(str(error), 2)
