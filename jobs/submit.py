@@ -34,6 +34,7 @@ def manifest_of(
     """
     _, cluster, _ = load_cluster(profile)
     values = read_yaml(path, changes)
+    parse_spec(values, str(path))
     _refuse_secrets(values, "")
     # Where runs are tracked is the cluster's matter, of the steps of a sequence too.
     values["tracking"] = {**values.get("tracking", {}), "uri": cluster.mlflow.uri}

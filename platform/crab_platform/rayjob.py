@@ -30,13 +30,6 @@ FOLDER = "/home/crab/job"
 _USER = 10001
 _DIGITS = 8
 _PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001}
-_ATTEMPT = {
-    "name": "CRAB_ATTEMPT",
-    "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}},
-}
-"""Writes of an attempt that was thought dead can be told apart: each attempt has a cluster of its own."""
-
-
 Kind = Literal["cpu", "gpu"]
 
 
@@ -277,8 +270,6 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
         **profile.environment,
         "HOME": "/home/crab",
         SPEC_VARIABLE: request.spec,
-        "CRAB_BUCKET": profile.bucket,
-        "CRAB_IMAGE": profile.image,
         "MLFLOW_TRACKING_URI": profile.mlflow.uri,
     }
     secrets = dict(profile.secrets)
@@ -289,7 +280,6 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
     return [
         *({"name": name, "value": value} for name, value in sorted(plain.items())),
         *({"name": name, "valueFrom": _reference(of)} for name, of in sorted(secrets.items())),
-        _ATTEMPT,
     ]
 
 

@@ -57,20 +57,28 @@ def spec_of(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("code", [CLI, WITHOUT_DASHBOARD], ids=["dashboard", "no dashboard"])
-def test_stopped_trials_of_two_workers_give_all_back(
-    tmp_path: Path, env: dict[str, str], code: str
-) -> None:
-    file = tmp_path / "spec.yaml"
-    file.write_text(yaml.safe_dump(spec_of(tmp_path)))
-    # Two CPUs: the next trial starts only when the one before has given back what it had.
-    run = CrabRun(["run", str(file), "--json"], env, tmp_path, code)
+def result_of(
+    spec: dict[str, Any], folder: Path, env: dict[str, str], code: str = CLI
+) -> dict[str, Any]:
+    """Of a job that runs to its end and leaves no process."""
+    file = folder / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    run = CrabRun(["run", str(file), "--json"], env, folder, code)
     try:
-        wait_for(lambda: not run.is_running(), "the sweep to end", 1500)
+        wait_for(lambda: not run.is_running(), "the job to end", 1500)
         result = run.finish()
         wait_for(lambda: not run.processes(), "its processes to end")
     finally:
         run.end_all()
+    return result
+
+
+@pytest.mark.parametrize("code", [CLI, WITHOUT_DASHBOARD], ids=["dashboard", "no dashboard"])
+def test_stopped_trials_of_two_workers_give_all_back(
+    tmp_path: Path, env: dict[str, str], code: str
+) -> None:
+    # Two CPUs: the next trial starts only when the one before has given back what it had.
+    result = result_of(spec_of(tmp_path), tmp_path, env, code)
     trials = json.loads(Path(result["sweep"]).read_text())["trials"]
     statuses = Counter(trial["status"] for trial in trials)
     assert sum(statuses.values()) == 4
@@ -86,14 +94,7 @@ def test_members_of_two_workers_go_on_from_each_other(tmp_path: Path, env: dict[
         "search": {"samples": 2, "scheduler": "pbt", "interval": 2},
         "confirm": {"seeds": 1, "compare": {"plain": {"num_heads": 1}}},
     }
-    file = tmp_path / "spec.yaml"
-    file.write_text(yaml.safe_dump(spec))
-    run = CrabRun(["run", str(file), "--json"], env, tmp_path)
-    try:
-        wait_for(lambda: not run.is_running(), "the population to end", 1500)
-        result = run.finish()
-    finally:
-        run.end_all()
+    result = result_of(spec, tmp_path, env)
     trials = json.loads(Path(result["sweep"]).read_text())["trials"]
     assert [trial["steps"] for trial in trials] == [2, 2, 4, 4]
     assert len({trial["parent"] for trial in trials[2:]}) == 1, "the worse one of two was left"
@@ -103,11 +104,5 @@ def test_members_of_two_workers_go_on_from_each_other(tmp_path: Path, env: dict[
     train |= {"job": "train", "name": "alone"}
     train["optimisation"]["seed"] = rival["seeds"][0]
     train["model"]["set"] = {"adapter": {"num_heads": 1}}
-    file.write_text(yaml.safe_dump(train))
-    run = CrabRun(["run", str(file), "--json"], env, tmp_path)
-    try:
-        wait_for(lambda: not run.is_running(), "the train job to end", 1500)
-        alone = run.finish()
-    finally:
-        run.end_all()
+    alone = result_of(train, tmp_path, env)
     assert alone["metrics"]["val/loss"] == rival["values"][0]

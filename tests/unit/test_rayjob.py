@@ -385,6 +385,11 @@ def test_a_literal_secret_is_refused_and_not_repeated(
     assert "ecret" in str(raised.value)
 
 
+def test_a_spec_that_is_none_is_refused_as_everywhere() -> None:
+    with pytest.raises(SpecError, match="tracking"):
+        manifest_of("jobs/specs/train-shapes.yaml", ["tracking=here"], "eks-example")
+
+
 def test_a_secret_in_a_spec_is_refused() -> None:
     with pytest.raises(SpecError, match="holds a secret") as raised:
         manifest_of(
