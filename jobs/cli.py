@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from jobs import cli_cache
+from jobs import cli_cache, cli_cluster
 
 app = typer.Typer(
     name="crab",
@@ -48,6 +48,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_cache.app)
+app.add_typer(cli_cluster.app)  # without a name: its commands stand beside those here
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output.")
@@ -200,97 +201,6 @@ def run(
         except KeyboardInterrupt:
             _fail("stopped. The same command goes on from the last commit or checkpoint", 130)
     _finish(result, as_json)
-
-
-ClusterProfileOption = Annotated[
-    str,
-    typer.Option(
-        "--profile",
-        envvar="CRAB_PROFILE",
-        help="Name of a profile in k8s/profiles that describes a cluster, or its file.",
-    ),
-]
-ContextOption = Annotated[
-    str | None, typer.Option(help="A context of KUBECONFIG; the current one when left out.")
-]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="As crab jobs lists it.")]
-
-
-@app.command()
-def submit(
-    spec: Annotated[Path, typer.Argument(help="A YAML file; those shipped are in jobs/specs/.")],
-    profile: ClusterProfileOption,
-    context: ContextOption = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the spec, as in run."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the RayJob as YAML and send nothing.")
-    ] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
-    misses: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Of a preprocess job: streams not in the cache, as crab plan counts them. With 0 no GPU is asked for.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run a spec on a cluster, as a RayJob (KubeRay), and wait for its end.
-
-    The job is checked against what KubeRay and Kueue refuse before anything is sent, and by the server before it is
-    made. Its name holds a digest of all that is in it: the same command again finds the same job, and goes on waiting
-    for it. Exit code 0 when it has succeeded, 1 when it has failed, 3 when the cluster does not answer.
-
-      crab submit jobs/specs/train-shapes.yaml --profile eks-example --dry-run
-    """
-    from jobs import cluster_jobs
-    from jobs.submit import as_yaml, manifest_of
-
-    job = manifest_of(spec, changes or [], profile, misses=misses)
-    if dry_run:
-        _finish(job, as_json, as_yaml(job).rstrip())
-        return
-    _finish(cluster_jobs.submit(cluster_jobs.api_of(profile, context), job, detach=detach), as_json)
-
-
-@app.command("jobs")
-def jobs_(
-    profile: ClusterProfileOption, context: ContextOption = None, as_json: AsJson = False
-) -> None:
-    """List the jobs of a profile's namespace, and what each of them is doing."""
-    from jobs import cluster_jobs
-
-    found = cluster_jobs.show_jobs(cluster_jobs.api_of(profile, context))
-    _finish({"jobs": found}, as_json)
-
-
-@app.command()
-def status(
-    name: JobName,
-    profile: ClusterProfileOption,
-    context: ContextOption = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a job is doing. The state is the API's, never a log's."""
-    from jobs import cluster_jobs
-
-    _finish(cluster_jobs.show_status(cluster_jobs.api_of(profile, context), name), as_json)
-
-
-@app.command()
-def stop(
-    name: JobName,
-    profile: ClusterProfileOption,
-    context: ContextOption = None,
-    as_json: AsJson = False,
-) -> None:
-    """Stop a job and remove it with its cluster. What it has committed stays."""
-    from jobs import cluster_jobs
-
-    _finish(cluster_jobs.stop(cluster_jobs.api_of(profile, context), name), as_json)
 
 
 @app.command()
