@@ -34,7 +34,7 @@ def submit(api: KubeApi, job: Mapping[str, Any], *, detach: bool) -> dict[str, A
         return {"name": name, "submitted": made}
     last = None
     for last in cluster.follow(api, name):
-        line(f"{name}: {last.sentence}")
+        _say(last)
     if last is None or last.phase != "succeeded":
         raise JobFailed(f"{name} {last.sentence if last else 'has no state'}")
     return {"name": name, "submitted": made, "phase": last.phase}
@@ -53,8 +53,8 @@ def show_jobs(api: KubeApi) -> list[dict[str, Any]]:
 
 def show_status(api: KubeApi, name: str) -> dict[str, Any]:
     """One job."""
-    state = state_of(cluster.get(api, name))
-    line(f"{name}: {state.phase}. {state.sentence}")
+    state = cluster.explained(api, cluster.get(api, name))
+    _say(state)
     return _values(state)
 
 
@@ -67,11 +67,18 @@ def stop(api: KubeApi, name: str) -> dict[str, Any]:
     return {"name": name, "stopped": stopped}
 
 
+def _say(state: JobState) -> None:
+    line(f"{state.name}: {state.phase}. {state.sentence}")
+    for cause in state.causes:
+        line(f"  - {cause}")
+
+
 def _values(state: JobState) -> dict[str, Any]:
     return {
         "name": state.name,
         "phase": state.phase,
         "sentence": state.sentence,
+        "causes": list(state.causes),
         "cluster": state.cluster,
         "started": state.started,
         "ended": state.ended,

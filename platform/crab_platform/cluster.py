@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from kubernetes.client import ApiClient, CustomObjectsApi
 
 from crab_platform.cluster_errors import ClusterRefused, ClusterUnreachable
 from crab_platform.kube_api import KubeApi, WatchExpired
+from crab_platform.pending import causes
 from crab_platform.rayjob import DIGEST_ANNOTATION, JOB_LABEL
 
 GROUP = "ray.io", "v1"
@@ -37,10 +38,17 @@ class JobState:
     """Of Ray; "" before there is one."""
     started: str | None
     ended: str | None
+    causes: tuple[str, ...] = ()
+    """What keeps it from running (pending.py)."""
 
     @property
     def is_over(self) -> bool:
         return self.phase in ("succeeded", "failed")
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it should run and does not."""
+        return self.phase in ("waiting", "suspended")
 
     @property
     def exit_code(self) -> int | None:
@@ -162,7 +170,8 @@ def _until_forgotten(api: KubeApi, name: str) -> Iterator[JobState]:
     listed = _list(api, **selector)
     if not listed["items"]:
         raise _gone(name)
-    state = state_of(listed["items"][0])
+    job = listed["items"][0]
+    state = explained(api, job)
     yield state
     version = listed["metadata"]["resourceVersion"]
     while not state.is_over:
@@ -179,18 +188,33 @@ def _until_forgotten(api: KubeApi, name: str) -> Iterator[JobState]:
                 if kind == "DELETED":
                     raise _gone(name)
                 if kind != "BOOKMARK":
-                    state = state_of(seen)
+                    job, state = seen, replace(state_of(seen), causes=state.causes)
+                    state = state if state.is_stuck else replace(state, causes=())
                 yield state
                 if state.is_over:
                     return
         except WatchExpired:
             return
+        if (
+            state.is_stuck
+        ):  # pods, events and queues have watches of their own; once a round is enough
+            state = explained(api, job)
+            yield state
         if time.monotonic() - began < api.patience.pause_s:  # it hangs up at once: no hammering
             time.sleep(api.patience.pause_s)
 
 
 def _gone(name: str) -> ClusterRefused:
     return ClusterRefused(f"the job {name} is gone: somebody has deleted it", 404)
+
+
+def explained(api: KubeApi, job: Mapping[str, Any]) -> JobState:
+    """A RayJob's state, and what stands in its way; after a failure too, while its pods are there.
+
+    Raises ClusterUnreachable.
+    """
+    state = state_of(job)
+    return state if state.phase == "succeeded" else replace(state, causes=causes(api, job))
 
 
 def state_of(job: Mapping[str, Any]) -> JobState:

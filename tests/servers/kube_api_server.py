@@ -80,6 +80,8 @@ class KubeServer:
     """So many events are kept for watches."""
     spoil: Spoil = lambda _verb, _path: "pass"
     bookmark_s: float = 0.2
+    kinds: dict[str, tuple[str, str]] = field(default_factory=lambda: dict(_KINDS))
+    """Of each plural the version and the kind that the server knows."""
     requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
     _objects: dict[Key, Object] = field(default_factory=dict)
@@ -225,7 +227,7 @@ class KubeServer:
                 for (kind, where, _), found in sorted(self._objects.items())
                 if kind == plural and where == namespace and _selected(found, query)
             ]
-            api, kind = _KINDS[plural]
+            api, kind = self.kinds[plural]
             return {
                 "apiVersion": api,
                 "kind": f"{kind}List",
@@ -237,7 +239,7 @@ class KubeServer:
         """Events after a version, until the time is over; never two of the same."""
         after = int(query.get("resourceVersion") or 0)
         ends = time.monotonic() + float(query.get("timeoutSeconds", 300))
-        api, kind = _KINDS[plural]
+        api, kind = self.kinds[plural]
         while True:
             with self._lock:
                 if after < self._forgotten:
@@ -270,7 +272,7 @@ class KubeServer:
                 }
 
     def _validate(self, plural: str, body: Object) -> None:
-        api, kind = _KINDS[plural]
+        api, kind = self.kinds[plural]
         if (body.get("apiVersion"), body.get("kind")) != (api, kind):
             raise Refused(
                 400,
@@ -346,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else {}
         try:
-            namespace, plural, name, part = _parse(url.path)
+            namespace, plural, name, part = _parse(url.path, self.state.kinds)
             verb = _verb(method, name, query)
             fault = self.state.spoil(verb, self.path)
             self.state.requests.append(
@@ -455,7 +457,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def _parse(path: str) -> tuple[str, str, str, str]:
+def _parse(path: str, kinds: dict[str, tuple[str, str]]) -> tuple[str, str, str, str]:
     """(namespace, plural, name, subresource) of a path; Refused for one that there is not."""
     parts = path.strip("/").split("/")
     group = parts[1:3] if parts[0] == "apis" else parts[1:2]
@@ -463,7 +465,7 @@ def _parse(path: str) -> tuple[str, str, str, str]:
     if parts[0] not in ("api", "apis") or len(rest) < 3 or rest[0] != "namespaces":
         raise Refused(404, "NotFound", f"no such path: {path}")
     _, namespace, plural, *more = rest
-    if plural not in _KINDS or _KINDS[plural][0] != "/".join(group):
+    if plural not in kinds or kinds[plural][0] != "/".join(group):
         raise Refused(404, "NotFound", f"the server could not find the requested resource: {path}")
     return namespace, plural, more[0] if more else "", more[1] if len(more) > 1 else ""
 
