@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ def submit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a spec on a cluster, as a RayJob (KubeRay), and wait for its end.
+    """Run a spec on a cluster, as a RayJob (KubeRay), show its log and wait for its end.
 
     The job is checked against what KubeRay and Kueue refuse before anything is sent, and by the server before it is
     made. Its name holds a digest of all that is in it: the same command again finds the same job, and goes on waiting
@@ -63,7 +64,8 @@ def submit(
     if dry_run:
         _show(job, as_json, as_yaml(job).rstrip())
         return
-    _show(cluster_jobs.submit(cluster_jobs.api_of(profile, context), job, detach=detach), as_json)
+    api = cluster_jobs.api_of(profile, context)
+    _show(cluster_jobs.submit(api, job, profile, detach=detach), as_json)
 
 
 @app.command("jobs")
@@ -84,7 +86,7 @@ def status(
     context: ContextOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a job is doing. The state is the API's, never a log's."""
+    """Say what a job is doing, and why it waits: no node, no image, no quota. The state is the API's, never a log's."""
     from jobs import cluster_jobs
 
     _show(cluster_jobs.show_status(cluster_jobs.api_of(profile, context), name), as_json)
@@ -101,6 +103,48 @@ def stop(
     from jobs import cluster_jobs
 
     _show(cluster_jobs.stop(cluster_jobs.api_of(profile, context), name), as_json)
+
+
+@app.command()
+def logs(
+    name: JobName,
+    profile: ClusterProfileOption,
+    context: ContextOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job is over.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a job has printed, each attempt after the other. From the bucket, also when its cluster is gone.
+
+    The log is at most 15 s behind. Ray's own logs lie beside it, once an attempt is over: jobs/JOB/ATTEMPT/logs.zip.
+    """
+    from jobs import cluster_jobs, cluster_logs
+
+    api, bucket = cluster_jobs.api_of(profile, context), cluster_jobs.bucket_of(profile)
+    if as_json:
+        print(json.dumps({"name": name, "attempts": cluster_logs.logs(api, bucket, name)}))
+        return
+
+    def write(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+
+    cluster_logs.show_logs(api, bucket, name, write, follow=follow)
+
+
+@app.command(hidden=True)
+def attempt(
+    spec: Annotated[str, typer.Argument(help="As of crab run.")],
+    bucket: Annotated[str, typer.Option(envvar="CRAB_BUCKET", help="Where the log goes.")],
+    job: Annotated[str, typer.Option(envvar="CRAB_JOB", help="The RayJob.")],
+    cluster: Annotated[str, typer.Option(envvar="CRAB_CLUSTER", help="Its Ray cluster.")],
+) -> None:
+    """Run a spec as one attempt at a job on a cluster: what pods do, see jobs/attempt.py."""
+    from jobs.attempt import attempt as run_attempt
+
+    command = (sys.executable, "-c", "from jobs.cli import main; main()", "run", spec, "--json")
+    sys.exit(run_attempt(command, bucket=bucket, job=job, cluster=cluster))
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str = "") -> None:

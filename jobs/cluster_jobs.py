@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from crab_platform import cluster
 from crab_platform.cluster import JobState, state_of
 from crab_platform.cluster_profile import load_cluster
 from crab_platform.kube_api import KubeApi, connect_to
+from crab_platform.storage import Store, StoreUnreachable, open_store
+from jobs.cluster_logs import shown_meanwhile
 from jobs.output import line, table
 from jobs.run import JobFailed
 
@@ -19,8 +23,14 @@ def api_of(profile: str, context: str | None) -> KubeApi:
     return KubeApi(connect=connect_to(context), namespace=found.namespace)
 
 
-def submit(api: KubeApi, job: Mapping[str, Any], *, detach: bool) -> dict[str, Any]:
-    """Sends a job, and waits for its end.
+def bucket_of(profile: str) -> Store:
+    """Where a profile's jobs leave their logs. Raises ProfileError, StoreUnreachable where there are no credentials."""
+    _, found, _ = load_cluster(profile)
+    return open_store(found.bucket)
+
+
+def submit(api: KubeApi, job: Mapping[str, Any], profile: str, *, detach: bool) -> dict[str, Any]:
+    """Sends a job, and waits for its end, showing its log meanwhile where the bucket can be read.
 
     Raises JobFailed where it fails.
     """
@@ -30,11 +40,12 @@ def submit(api: KubeApi, job: Mapping[str, Any], *, detach: bool) -> dict[str, A
         f"{name}: {'submitted' if made else 'is there already, with the same content; nothing was sent'}"
     )
     if detach:
-        line(f"look at it with crab status {name}")
+        line(f"look at it with crab status {name}, and read it with crab logs {name}")
         return {"name": name, "submitted": made}
     last = None
-    for last in cluster.follow(api, name):
-        _say(last)
+    with _log_of(name, profile):
+        for last in cluster.follow(api, name):
+            _say(last)
     if last is None or last.phase != "succeeded":
         raise JobFailed(f"{name} {last.sentence if last else 'has no state'}")
     return {"name": name, "submitted": made, "phase": last.phase}
@@ -65,6 +76,20 @@ def stop(api: KubeApi, name: str) -> dict[str, Any]:
         f"{name}: {'stopped and removed, with its cluster' if stopped else 'there is no such job'}"
     )
     return {"name": name, "stopped": stopped}
+
+
+def _log_of(name: str, profile: str) -> AbstractContextManager[None]:
+    try:
+        return shown_meanwhile(bucket_of(profile), name, to_stderr)
+    except StoreUnreachable as error:
+        line(f"the log is not shown here: {error}")
+        return nullcontext()
+
+
+def to_stderr(data: bytes) -> None:
+    """Standard output is for results."""
+    sys.stderr.buffer.write(data)
+    sys.stderr.flush()
 
 
 def _say(state: JobState) -> None:

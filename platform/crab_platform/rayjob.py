@@ -1,8 +1,8 @@
 """A job and a profile become a RayJob (`ray.io/v1`): a pure function, the same bytes for the same input.
 
 The name holds a digest of all that is in the object, so the same submission twice is one job. The spec travels in the
-object itself, as a variable that `crab run env:CRAB_SPEC` reads: what is submitted can be read, kept and applied with
-kubectl. Pods meet the Pod Security standard *restricted*.
+object itself, as a variable that `crab attempt env:CRAB_SPEC` reads: what is submitted can be read, kept and applied
+with kubectl. Pods meet the Pod Security standard *restricted*.
 
 KubeRay submits by HTTP (`submissionMode: HTTPMode`): there is no submitter pod whose log, or exit code, could be taken
 for the job's (KubeRay #4921, #3675), and none that needs a node, an image and a quota of its own.
@@ -23,6 +23,8 @@ from crab_platform.cost import ProfileError
 MAX_NAME = 47
 """Characters of a RayJob's name: KubeRay appends to it, and Kubernetes has 63 for all."""
 SPEC_VARIABLE = "CRAB_SPEC"
+BUCKET_VARIABLE, JOB_VARIABLE, CLUSTER_VARIABLE = "CRAB_BUCKET", "CRAB_JOB", "CRAB_CLUSTER"
+"""Where an attempt leaves its log, and as whose (attempts.py)."""
 JOB_LABEL = "crab/job"
 DIGEST_ANNOTATION = "crab/digest"
 FOLDER = "/home/crab/job"
@@ -82,7 +84,7 @@ def ray_job(request: JobRequest, profile: ClusterProfile) -> dict[str, Any]:
             "annotations": {"crab/name": request.name, "crab/version": request.version},
         },
         "spec": {
-            "entrypoint": f"crab run env:{SPEC_VARIABLE} --json",
+            "entrypoint": f"crab attempt env:{SPEC_VARIABLE}",
             "submissionMode": "HTTPMode",
             "backoffLimit": profile.limits.retries,
             "activeDeadlineSeconds": profile.limits.hours * 3600,
@@ -126,7 +128,16 @@ def ray_job(request: JobRequest, profile: ClusterProfile) -> dict[str, Any]:
     body["metadata"]["name"] = name
     body["metadata"]["labels"][JOB_LABEL] = name
     body["metadata"]["annotations"][DIGEST_ANNOTATION] = digest
+    for pod in _pods(body):
+        pod["metadata"]["labels"][JOB_LABEL] = name
+        pod["spec"]["containers"][0]["env"].append({"name": JOB_VARIABLE, "value": name})
     return body
+
+
+def _pods(body: dict[str, Any]) -> list[dict[str, Any]]:
+    cluster = body["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"] for group in groups]
 
 
 def job_name(name: str, digest: str) -> str:
@@ -270,8 +281,10 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
         **profile.environment,
         "HOME": "/home/crab",
         SPEC_VARIABLE: request.spec,
+        BUCKET_VARIABLE: profile.bucket,
         "MLFLOW_TRACKING_URI": profile.mlflow.uri,
     }
+    cluster = {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}
     secrets = dict(profile.secrets)
     if profile.mlflow.user is not None:
         secrets["MLFLOW_TRACKING_USERNAME"] = profile.mlflow.user
@@ -280,6 +293,7 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
     return [
         *({"name": name, "value": value} for name, value in sorted(plain.items())),
         *({"name": name, "valueFrom": _reference(of)} for name, of in sorted(secrets.items())),
+        {"name": CLUSTER_VARIABLE, "valueFrom": cluster},
     ]
 
 

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from servers.kube_api_server import KubeServer, kube_api_server
+from servers.seaweedfs import S3Server
 from support.crab_runs import CLI, wait_for
 from support.kube import NAMESPACE
+
+from crab_platform.attempts import claim
+from crab_platform.storage import open_store
 
 SPEC = "jobs/specs/train-shapes.yaml"
 
@@ -97,6 +101,46 @@ def test_a_job_is_submitted_once_listed_and_stopped(
     assert crab(env, "stop", name)[1]["stopped"]
     assert server.all("rayjobs") == []
     assert crab(env, "status", name)[0] == 1
+
+
+def test_logs_come_from_the_bucket_while_a_job_runs_and_after_its_cluster_is_gone(
+    server: KubeServer, env: dict[str, str], s3: S3Server, tmp_path: Path
+) -> None:
+    profile = yaml.safe_load(Path("k8s/profiles/eks-example.yaml").read_text())
+    profile["bucket"] = s3.url(f"logs-{tmp_path.name}")
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(profile))
+    env |= {"CRAB_PROFILE": str(tmp_path / "here.yaml"), **s3.env()}
+    crab(env, "submit", SPEC, "--detach")
+    name = only(server)
+    assert "has not begun: submitted" in logs(env, name)[1]
+
+    mine = claim(open_store(profile["bucket"]), name, {"cluster": "c1", "at": "now"})
+    mine.write_piece(1, b"one\n")
+    following = subprocess.Popen(
+        [sys.executable, "-c", CLI, "logs", name, "-f"], env=env, stdout=subprocess.PIPE
+    )
+    assert following.stdout is not None
+    assert following.stdout.readline() == b"one\n"
+    mine.write_piece(2, b"two\n")
+    assert following.stdout.readline() == b"two\n"
+    server.delete(("rayjobs", NAMESPACE, name))
+    mine.write_piece(3, b"three\n")
+    assert following.communicate()[0] == b"three\n"
+    assert following.returncode == 0
+
+    mine.end({"exit_code": 0})
+    assert logs(env, name)[0] == "one\ntwo\nthree\n"
+    (record,) = crab(env, "logs", name)[1]["attempts"]
+    assert (record["log"], record["ended"]) == ("one\ntwo\nthree\n", {"exit_code": 0})
+    status, _, said = crab(env, "logs", "another")
+    assert (status, "crab jobs" in said) == (1, True), said
+
+
+def logs(env: dict[str, str], name: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", CLI, "logs", name], env=env, capture_output=True, text=True
+    )
+    return done.stdout, done.stderr
 
 
 def test_what_is_wrong_has_an_exit_code_and_a_way_out(
