@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ WATCH_S = 10.0
 """How often it is asked whether there is a later attempt."""
 GRACE_S = 30.0
 """For the child to end by itself, before it is killed."""
-RAY_LOGS = Path("/tmp/ray/session_latest/logs")
+RAY_LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
 _TAIL_BYTES, _ZIP_BYTES = 4 << 20, 64 << 20
 
 
