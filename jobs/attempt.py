@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -24,7 +25,9 @@ from typing import IO, Any
 
 from crab_platform.attempts import Attempt, claim
 from crab_platform.log_pieces import LogPieces
+from crab_platform.ray_cluster import CODE_FOLDER
 from crab_platform.storage import StoreError, open_store
+from jobs.code_zip import unpack
 
 SUPERSEDED = 75
 """Exit code of an attempt that a later one has ended."""
@@ -36,32 +39,57 @@ RAY_LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "
 _TAIL_BYTES, _ZIP_BYTES = 4 << 20, 64 << 20
 
 
-def attempt(command: Sequence[str], *, bucket: str, job: str, cluster: str) -> int:
+def attempt(
+    command: Sequence[str],
+    *,
+    bucket: str,
+    job: str,
+    cluster: str,
+    code: str | None = None,
+    client_version: str | None = None,
+) -> int:
     """Runs a command and keeps its log, Ray's logs and its end under `bucket`/jobs/`job`.
 
     Standard error is the log; the last line of standard output is its result, as JSON. SIGTERM and SIGINT go to the
     child. The child is ended when a later attempt of the same job begins.
 
+    Args:
+        code: path in the bucket of a zip (code_zip.py) whose packages are taken instead of the image's.
+        client_version: of who submitted; where it is not the image's and no code was sent, the log says so.
+
     Returns:
         The child's exit code, 128 + N where signal N killed it, SUPERSEDED where a later attempt has begun.
 
     Raises:
+        ValueError: the zip is not what its name says.
         StoreUnreachable: the bucket cannot be used at the start. Later on nothing waits for it.
     """
     began = time.time()
+    store = open_store(bucket)
+    environment = dict(os.environ)
+    if code is not None:
+        folder = str(unpack(store, code, Path(tempfile.mkdtemp(prefix="crab-code-"))))
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        environment |= {"PYTHONPATH": path, CODE_FOLDER: folder}
     mine = claim(
-        open_store(bucket),
+        store,
         job,
         {
             "cluster": cluster,
             "at": _at(began),
             "version": version("crab-platform"),
+            "code": code,
             "command": list(command),
         },
     )
     log = LogPieces(mine)
+    if code is None and client_version not in (None, version("crab-platform")):
+        said = (
+            f"the image has version {version('crab-platform')}, who submitted has {client_version}"
+        )
+        log.write(f"crab: {said}; crab submit --code takes the newer code along\n".encode())
     superseded = threading.Event()
-    with log, _started(command) as child:
+    with log, _started(command, environment) as child:
         output, errors = child.stdout, child.stderr
         assert output is not None
         assert errors is not None
@@ -70,12 +98,12 @@ def attempt(command: Sequence[str], *, bucket: str, job: str, cluster: str) -> i
             reader = threading.Thread(target=lambda: results.append(output.read()), daemon=True)
             reader.start()
             _pass_on(errors, log)
-            code = child.wait()
+            status = child.wait()
             reader.join()
         sys.stdout.buffer.write(results[0])
         sys.stdout.flush()
         log.write(results[0])
-        code = SUPERSEDED if superseded.is_set() else code if code >= 0 else 128 - code
+        status = SUPERSEDED if superseded.is_set() else status if status >= 0 else 128 - status
         if not log.close():
             _say("the end of the log is not in the bucket, which does not answer")
     ended = time.time()
@@ -83,7 +111,7 @@ def attempt(command: Sequence[str], *, bucket: str, job: str, cluster: str) -> i
         mine.keep("logs.zip", _zipped(RAY_LOGS))
         mine.end(
             {
-                "exit_code": code,
+                "exit_code": status,
                 "at": _at(ended),
                 "seconds": ended - began,
                 "result": _result(results[0]),
@@ -91,11 +119,13 @@ def attempt(command: Sequence[str], *, bucket: str, job: str, cluster: str) -> i
         )
     except StoreError as error:
         _say(f"the end of this attempt is not in the bucket: {error}")
-    return code
+    return status
 
 
-def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+def _started(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
 
 
 def _pass_on(pipe: IO[bytes], log: LogPieces) -> None:

@@ -40,6 +40,13 @@ def submit(
         bool, typer.Option("--dry-run", help="Print the RayJob as YAML and send nothing.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+    code: Annotated[
+        bool,
+        typer.Option("--code", help="Take the code of this git checkout along, not the image's."),
+    ] = False,
+    dirty: Annotated[
+        bool, typer.Option("--dirty", help="With --code: also what is not committed.")
+    ] = False,
     misses: Annotated[
         int | None,
         typer.Option(
@@ -58,13 +65,19 @@ def submit(
       crab submit jobs/specs/train-shapes.yaml --profile eks-example --dry-run
     """
     from jobs import cluster_jobs
+    from jobs.code_zip import pack, upload
     from jobs.submit import as_yaml, manifest_of
 
-    job = manifest_of(spec, changes or [], profile, misses=misses)
+    if dirty and not code:
+        raise typer.BadParameter("--dirty says what --code may take; give both")
+    packed = pack(dirty=dirty) if code else None
+    job = manifest_of(spec, changes or [], profile, misses=misses, code=packed)
     if dry_run:
         _show(job, as_json, as_yaml(job).rstrip())
         return
     api = cluster_jobs.api_of(profile, context)
+    if packed is not None:
+        upload(packed, cluster_jobs.bucket_of(profile))
     _show(cluster_jobs.submit(api, job, profile, detach=detach), as_json)
 
 
@@ -139,12 +152,27 @@ def attempt(
     bucket: Annotated[str, typer.Option(envvar="CRAB_BUCKET", help="Where the log goes.")],
     job: Annotated[str, typer.Option(envvar="CRAB_JOB", help="The RayJob.")],
     cluster: Annotated[str, typer.Option(envvar="CRAB_CLUSTER", help="Its Ray cluster.")],
+    code: Annotated[
+        str | None, typer.Option(envvar="CRAB_CODE", help="A zip in the bucket.")
+    ] = None,
+    client_version: Annotated[
+        str | None, typer.Option(envvar="CRAB_CLIENT_VERSION", help="Of who submitted.")
+    ] = None,
 ) -> None:
     """Run a spec as one attempt at a job on a cluster: what pods do, see jobs/attempt.py."""
     from jobs.attempt import attempt as run_attempt
 
     command = (sys.executable, "-c", "from jobs.cli import main; main()", "run", spec, "--json")
-    sys.exit(run_attempt(command, bucket=bucket, job=job, cluster=cluster))
+    sys.exit(
+        run_attempt(
+            command,
+            bucket=bucket,
+            job=job,
+            cluster=cluster,
+            code=code,
+            client_version=client_version,
+        )
+    )
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str = "") -> None:

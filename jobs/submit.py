@@ -13,13 +13,19 @@ import yaml
 from crab_platform.cluster_profile import load_cluster, looks_secret
 from crab_platform.rayjob import JobRequest, ray_job
 from crab_platform.rayjob_rules import objections
+from jobs.code_zip import CodeZip
 from jobs.placement import needs_of
 from jobs.spec import SpecError, parse_spec
 from jobs.spec_yaml import read_yaml
 
 
 def manifest_of(
-    path: str | Path, changes: Sequence[str], profile: str, *, misses: int | None = None
+    path: str | Path,
+    changes: Sequence[str],
+    profile: str,
+    *,
+    misses: int | None = None,
+    code: CodeZip | None = None,
 ) -> dict[str, Any]:
     """The RayJob of a spec.
 
@@ -27,6 +33,7 @@ def manifest_of(
         changes: as of `crab run --set`.
         profile: name or path of a profile that describes a cluster.
         misses: see placement.needs_of.
+        code: to take along; the image's when left out. It is not uploaded here.
 
     Raises:
         SpecError: the spec, or what it asks of this cluster, cannot be.
@@ -47,6 +54,8 @@ def manifest_of(
         spec=json.dumps(values, sort_keys=True),
         needs=needs_of(spec, cluster, misses),
         version=version("crab-platform"),
+        code=code.path if code else None,
+        commit=code.commit if code else None,
     )
     job = ray_job(request, cluster)
     if found := objections(job):

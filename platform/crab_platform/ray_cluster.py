@@ -6,8 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
+
+CODE_FOLDER = "CRAB_CODE_FOLDER"
+"""Variable with a folder of packages that every worker shall import before the image's."""
 
 
 @contextmanager
@@ -28,7 +32,17 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        # Code that is newer than the image lies on this pod only: Ray takes it to the others.
+        newer = (
+            sorted(map(str, Path(os.environ[CODE_FOLDER]).iterdir()))
+            if CODE_FOLDER in os.environ
+            else []
+        )
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"py_modules": newer} if newer else None,
+        )
     else:
         _start_here(num_cpus or max(2, os.cpu_count() or 2))
     try:

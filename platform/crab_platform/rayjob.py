@@ -25,6 +25,8 @@ MAX_NAME = 47
 SPEC_VARIABLE = "CRAB_SPEC"
 BUCKET_VARIABLE, JOB_VARIABLE, CLUSTER_VARIABLE = "CRAB_BUCKET", "CRAB_JOB", "CRAB_CLUSTER"
 """Where an attempt leaves its log, and as whose (attempts.py)."""
+CODE_VARIABLE, VERSION_VARIABLE = "CRAB_CODE", "CRAB_CLIENT_VERSION"
+"""Code to take instead of the image's, and the version of who submitted."""
 JOB_LABEL = "crab/job"
 DIGEST_ANNOTATION = "crab/digest"
 FOLDER = "/home/crab/job"
@@ -59,7 +61,9 @@ class JobRequest:
     version: str
     """Of the client."""
     code: str | None = None
-    """s3://...zip of the code, where it is newer than the image."""
+    """Path in the bucket of a zip with code that is newer than the image's (jobs/code_zip.py)."""
+    commit: str | None = None
+    """Of that code."""
 
 
 def ray_job(request: JobRequest, profile: ClusterProfile) -> dict[str, Any]:
@@ -113,8 +117,8 @@ def ray_job(request: JobRequest, profile: ClusterProfile) -> dict[str, Any]:
             },
         },
     }
-    if request.code is not None:
-        body["spec"]["runtimeEnvYAML"] = json.dumps({"working_dir": request.code})
+    if request.commit is not None:
+        body["metadata"]["annotations"]["crab/commit"] = request.commit
     if profile.queue is not None:
         body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = profile.queue.name
         if profile.queue.priority_class is not None:
@@ -282,6 +286,8 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
         "HOME": "/home/crab",
         SPEC_VARIABLE: request.spec,
         BUCKET_VARIABLE: profile.bucket,
+        VERSION_VARIABLE: request.version,
+        **({} if request.code is None else {CODE_VARIABLE: request.code}),
         "MLFLOW_TRACKING_URI": profile.mlflow.uri,
     }
     cluster = {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}

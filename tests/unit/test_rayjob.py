@@ -57,7 +57,7 @@ def queued() -> dict[str, Any]:
 
 
 def unqueued() -> dict[str, Any]:
-    return ray_job(request(code="s3://example-crab/code/0123.zip"), profile(queue=None))
+    return ray_job(request(code="code/0123.zip", commit="0123abcd+dirty"), profile(queue=None))
 
 
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ requests = st.builds(
         min_size=1,
         unique_by=lambda need: need.group,
     ),
-    code=st.none() | st.just("s3://a/b.zip"),
+    code=st.none() | st.just("code/b.zip"),
 )
 
 
@@ -298,7 +298,7 @@ def test_the_same_submission_has_the_same_name_and_any_other_another() -> None:
         for asked, cluster in (
             (request(), profile()),
             (request(spec='{"job": "tune"}'), profile()),
-            (request(code="s3://a/b.zip"), profile()),
+            (request(code="code/b.zip"), profile()),
             (request(), profile(queue=None)),
             (request(), profile(image=f"other@sha256:{'1' * 64}")),
         )
