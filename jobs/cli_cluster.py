@@ -66,29 +66,31 @@ def submit(
     """
     from jobs import cluster_jobs
     from jobs.code_zip import pack, upload
+    from jobs.output import line
     from jobs.submit import as_yaml, manifest_of
 
     if dirty and not code:
         raise typer.BadParameter("--dirty says what --code may take; give both")
     packed = pack(dirty=dirty) if code else None
     job = manifest_of(spec, changes or [], profile, misses=misses, code=packed)
+    target = cluster_jobs.target_of(profile, context)
     if dry_run:
+        line(f"it {cluster_jobs.rate(job, target.prices)}")
         _show(job, as_json, as_yaml(job).rstrip())
         return
-    api = cluster_jobs.api_of(profile, context)
     if packed is not None:
-        upload(packed, cluster_jobs.bucket_of(profile))
-    _show(cluster_jobs.submit(api, job, profile, detach=detach), as_json)
+        upload(packed, target.bucket())
+    _show(cluster_jobs.submit(target, job, detach=detach), as_json)
 
 
 @app.command("jobs")
 def jobs_(
     profile: ClusterProfileOption, context: ContextOption = None, as_json: AsJson = False
 ) -> None:
-    """List the jobs of a profile's namespace, and what each of them is doing."""
+    """List the jobs of a profile's namespace: what each of them is doing, and what it costs."""
     from jobs import cluster_jobs
 
-    found = cluster_jobs.show_jobs(cluster_jobs.api_of(profile, context))
+    found = cluster_jobs.show_jobs(cluster_jobs.target_of(profile, context))
     _show({"jobs": found}, as_json)
 
 
@@ -102,7 +104,7 @@ def status(
     """Say what a job is doing, and why it waits: no node, no image, no quota. The state is the API's, never a log's."""
     from jobs import cluster_jobs
 
-    _show(cluster_jobs.show_status(cluster_jobs.api_of(profile, context), name), as_json)
+    _show(cluster_jobs.show_status(cluster_jobs.target_of(profile, context), name), as_json)
 
 
 @app.command()
@@ -115,7 +117,7 @@ def stop(
     """Stop a job and remove it with its cluster. What it has committed stays."""
     from jobs import cluster_jobs
 
-    _show(cluster_jobs.stop(cluster_jobs.api_of(profile, context), name), as_json)
+    _show(cluster_jobs.stop(cluster_jobs.target_of(profile, context), name), as_json)
 
 
 @app.command()
@@ -134,16 +136,17 @@ def logs(
     """
     from jobs import cluster_jobs, cluster_logs
 
-    api, bucket = cluster_jobs.api_of(profile, context), cluster_jobs.bucket_of(profile)
+    target = cluster_jobs.target_of(profile, context)
+    bucket = target.bucket()
     if as_json:
-        print(json.dumps({"name": name, "attempts": cluster_logs.logs(api, bucket, name)}))
+        print(json.dumps({"name": name, "attempts": cluster_logs.logs(target.api, bucket, name)}))
         return
 
     def write(data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
 
-    cluster_logs.show_logs(api, bucket, name, write, follow=follow)
+    cluster_logs.show_logs(target.api, bucket, name, write, follow=follow)
 
 
 @app.command(hidden=True)

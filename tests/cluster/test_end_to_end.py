@@ -88,6 +88,7 @@ def cluster(shared_dir: Path, s3: S3Server) -> Iterator[Cluster]:
             "mlflow": {"uri": mlflow},
             "environment": plain | {"RAY_worker_niceness": "0"},
             "secrets": {name: {"secret": "crab-s3", "key": name} for name in credentials},
+            "prices": yaml.safe_load(Path("k8s/profiles/eks-example.yaml").read_text())["prices"],
             "limits": {"retries": 1, "start_minutes": 5, "hours": 1},
         }
         (folder / "here.yaml").write_text(yaml.safe_dump(profile))

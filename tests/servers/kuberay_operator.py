@@ -91,6 +91,7 @@ class Operator:
                 failed += status["jobDeploymentStatus"] == "Failed"
                 self._say(job, **status, failed=failed, succeeded=int(not failed))
                 if not again:
+                    self._say(job, endTime=_now())
                     self._wait(job, spec.get("ttlSecondsAfterFinished", 0))
                     break
             self._say(job, jobDeploymentStatus="Retrying", jobStatus="", rayClusterName="")
