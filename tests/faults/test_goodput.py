@@ -6,6 +6,7 @@ and what is done again, is missing from it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import statistics
@@ -51,7 +52,12 @@ def goodput(plan: Plan, *, kill_every_s: float, kills: int, checkpoint_every: in
     assert killed == kills
     assert seen.steps == list(range(1, plan.steps + 1))
     useful_s = sum(metrics["seconds_per_step"] for metrics in seen.metrics[1:])
-    return useful_s / (ended[-1] - began[0])
+    whole_s = ended[-1] - began[0]
+    longest = sorted(b - a for a, b in itertools.pairwise(ended))[-kills:]
+    print(
+        f"{useful_s:.0f} of {whole_s:.0f} s; the longest pauses {', '.join(f'{s:.1f}' for s in longest)} s"
+    )
+    return useful_s / whole_s
 
 
 def test_three_kills_in_fifteen_minutes_cost_less_than_a_tenth(
