@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults check lint types imports bench bench-adapter bench-cache bench-dtypes bench-plan bench-train bench-tune replay lock clean
+.PHONY: help setup demo demo-cluster test test-slow test-faults check lint types imports bench bench-adapter bench-cache bench-dtypes bench-plan bench-train bench-tune replay lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ $(READY): requirements/lock.txt requirements/cuda.txt requirements/install.sh py
 
 demo: setup  ## the main job on the laptop: clips, features, adapter, scores (CLIPS=200)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jobs/demo.sh $(CLIPS)
+
+demo-cluster: setup  ## the same by crab submit, on a cluster of real processes on this machine (10 clips)
+	@PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/cluster/demo.py
 
 test: setup  ## all tests but the slow ones and the full fault suite
 	$(BIN)/pytest -q -m "not slow and not faults"

@@ -292,12 +292,29 @@ def doctor(
     cache: Annotated[
         str | None, typer.Option(help="Also test this cache, a folder or s3://bucket/prefix.")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this profile's cluster instead: its API, KubeRay, rights, bucket."
+        ),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="With --profile: a context of KUBECONFIG.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that every part works on this machine: decoders, encoders, Ray, DeepSpeed, MLflow, the store."""
+    """Check that every part works on this machine: decoders, encoders, Ray, DeepSpeed, MLflow, the store.
+
+    With --profile instead whether its cluster can take a job: a line a part, each with the way out.
+    """
     from jobs.doctor import check_all, show
 
-    results = check_all(cache)
+    if profile is None:
+        results = check_all(cache)
+    else:
+        from jobs.doctor_cluster import check_cluster
+
+        results = check_cluster(profile, context)
     if as_json:
         print(json.dumps([result.__dict__ for result in results]))
     else:

@@ -37,15 +37,17 @@ def check_all(cache: str | None = None) -> list[Check]:
         ("Ray", _ray),
     ]
     if cache is not None:
-        checks.append((f"cache {cache}", lambda: _store(cache)))
-    results = []
-    for name, check in checks:
-        try:
-            results.append(Check(name=name, ok=True, found=check()))
-        except Exception as error:  # whatever is wrong is the finding
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            results.append(Check(name=name, ok=False, found=text[:300]))
-    return results
+        checks.append((f"cache {cache}", lambda: usable_store(cache)))
+    return [check(name, run) for name, run in checks]
+
+
+def check(name: str, run: Callable[[], str]) -> Check:
+    """One line of the table. `run` says what it found, or raises."""
+    try:
+        return Check(name=name, ok=True, found=run())
+    except Exception as error:  # whatever is wrong is the finding
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Check(name=name, ok=False, found=text[:300])
 
 
 def show(results: list[Check]) -> None:
@@ -170,7 +172,8 @@ def _answer() -> str:
     return platform.python_version()
 
 
-def _store(url: str) -> str:
+def usable_store(url: str) -> str:
+    """What a store does when it is used; it must not overwrite. Raises StoreUnreachable, RuntimeError."""
     from crab_platform.storage import AlreadyExists, open_store
 
     store = open_store(url)

@@ -66,22 +66,9 @@ def submit(api: KubeApi, job: Mapping[str, Any]) -> bool:
         ClusterRefused, ClusterUnreachable: see kube_api.py.
     """
     name, digest = job["metadata"]["name"], job["metadata"]["annotations"][DIGEST_ANNOTATION]
-
-    def create(what: str, **more: Any) -> None:
-        api.ask(
-            f"{what} RayJob {name}",
-            lambda client, **limits: _custom(client).create_namespaced_custom_object(
-                *(*GROUP, api.namespace, "rayjobs", dict(job)),
-                field_manager=MANAGER,
-                field_validation="Strict",
-                **more,
-                **limits,
-            ),
-        )
-
     try:
-        create("check", dry_run="All")
-        create("create")
+        check(api, job)
+        _create(api, job, "create")
     except ClusterRefused as refused:
         if refused.status != 409:
             raise
@@ -94,6 +81,24 @@ def submit(api: KubeApi, job: Mapping[str, Any]) -> bool:
             ) from refused
         return False
     return True
+
+
+def check(api: KubeApi, job: Mapping[str, Any]) -> None:
+    """Asks the server to check a RayJob as if it made it: schema in strict mode, admission. Raises ClusterRefused."""
+    _create(api, job, "check", dry_run="All")
+
+
+def _create(api: KubeApi, job: Mapping[str, Any], what: str, **more: Any) -> None:
+    api.ask(
+        f"{what} RayJob {job['metadata']['name']}",
+        lambda client, **limits: _custom(client).create_namespaced_custom_object(
+            *(*GROUP, api.namespace, "rayjobs", dict(job)),
+            field_manager=MANAGER,
+            field_validation="Strict",
+            **more,
+            **limits,
+        ),
+    )
 
 
 def get(api: KubeApi, name: str) -> dict[str, Any]:

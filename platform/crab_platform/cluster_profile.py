@@ -21,8 +21,9 @@ _SECRET_NAME = re.compile(
 )
 _SECRET_VALUE = re.compile(
     r"://[^/\s:@]+:[^/\s@]+@|\bAKIA[0-9A-Z]{16}\b|-----BEGIN |\beyJ[\w-]{8,}\."
+    r"|[?&](?i:X-Amz-(Signature|Credential|Security-Token)|sig|signature|token)="
 )
-"""A URL with a password, an AWS access key, a PEM file, a JSON web token."""
+"""A URL with a password or a signature, an AWS access key, a PEM file, a JSON web token."""
 
 
 def looks_secret(name: str, value: str) -> bool:
@@ -32,8 +33,9 @@ def looks_secret(name: str, value: str) -> bool:
 
 def _by_digest(image: str) -> str:
     if not re.fullmatch(r"[\w.:/-]+@sha256:[0-9a-f]{64}", image):
+        shown = "this" if looks_secret("", image) else repr(image)
         raise ValueError(
-            f"{image!r} is no image by digest: a tag may be another image tomorrow. Take what "
+            f"{shown} is no image by digest: a tag may be another image tomorrow. Take what "
             "`docker buildx imagetools inspect IMAGE --format '{{.Manifest.Digest}}'` prints: IMAGE@sha256:..."
         )
     return image

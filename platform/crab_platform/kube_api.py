@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import urllib3
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
@@ -156,14 +158,22 @@ def connect_to(context: str | None) -> Callable[[], client.ApiClient]:
     def connect() -> client.ApiClient:
         settings = client.Configuration()
         loaders: Any = config  # without types
+        file = os.environ.get(
+            "KUBECONFIG"
+        )  # as it is now: the library asks once, when it is imported
         try:
             if context is None:
                 try:
                     loaders.load_incluster_config(client_configuration=settings)
                 except config.ConfigException:
-                    loaders.load_kube_config(client_configuration=settings)
+                    loaders.load_kube_config(file, client_configuration=settings)
             else:
-                loaders.load_kube_config(context=context, client_configuration=settings)
+                loaders.load_kube_config(file, context, client_configuration=settings)
+        except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # Without its words: they quote the file, which has the token.
+            raise ClusterUnreachable(
+                f"KUBECONFIG is broken ({type(error).__name__}); kubectl config view says where"
+            ) from None
         except (config.ConfigException, OSError) as error:
             raise ClusterUnreachable(
                 f"there is no cluster to talk to: {error}. Set KUBECONFIG, and see kubectl config get-contexts"

@@ -5,122 +5,27 @@ Module-scoped: one workspace in which preprocess, train, tune and evaluate follo
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
-from servers.kube_api_server import KubeServer, kube_api_server
-from servers.kuberay_operator import Operator, operator
-from servers.mlflow_server import mlflow_server
 from servers.seaweedfs import S3Server
+from support.cluster_here import SPECS, Cluster, cluster_here
 from support.crab_runs import CLI, wait_for
-from support.kube import NAMESPACE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-SPECS = Path(__file__).parents[2] / "jobs" / "specs"
-IMAGE = "registry.example.com/crab@sha256:" + "0" * 64
-
-
-@dataclass(frozen=True)
-class Cluster:
-    server: KubeServer
-    operator: Operator
-    env: dict[str, str]
-    mlflow: str
-    cache: str
-
-    def crab(self, *arguments: str) -> tuple[int, Any, str]:
-        """(exit code, JSON of standard output, standard error)."""
-        done = subprocess.run(
-            [sys.executable, "-c", CLI, *arguments, "--json"],
-            env=self.env,
-            cwd=self.operator.workspace.parent,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
-
-    def submit(self, spec: str, *changes: str) -> tuple[int, Any, str]:
-        sets = [part for change in changes for part in ("--set", change)]
-        return self.crab("submit", str(SPECS / f"{spec}.yaml"), *sets)
-
-    def result_of(self, run: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(
-            (self.operator.workspace / "runs" / run / "result.json").read_text()
-        )
-        return found
 
 
 @pytest.fixture(scope="module")
 def cluster(shared_dir: Path, s3: S3Server) -> Iterator[Cluster]:
-    # Short: Ray's sockets lie in it, and their paths have 107 characters at the most.
-    folder = Path(tempfile.mkdtemp(prefix="kr"))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        mlflow = stack.enter_context(mlflow_server(folder / "mlflow")).url
-        server = stack.enter_context(kube_api_server(KubeServer(schemas=shared_dir / "kuberay")))
-        secret(server, "crab-ray-token", auth_token="a-token-for-ray")
-        credentials = {n: v for n, v in s3.env().items() if n.startswith("AWS_")}
-        plain = {n: credentials.pop(n) for n in list(credentials) if "KEY" not in n}
-        secret(server, "crab-s3", **credentials)
-        profile = {
-            "namespace": NAMESPACE,
-            "image": IMAGE,
-            "ray_version": "2.60.0",
-            "node_groups": {
-                "head": {"cpus": 1, "memory_gib": 4},
-                "cpu": {"cpus": 1, "memory_gib": 4, "max_pods": 2},
-            },
-            "bucket": s3.url("cluster"),
-            "mlflow": {"uri": mlflow},
-            "environment": plain | {"RAY_worker_niceness": "0"},
-            "secrets": {name: {"secret": "crab-s3", "key": name} for name in credentials},
-            "prices": yaml.safe_load(Path("k8s/profiles/eks-example.yaml").read_text())["prices"],
-            "limits": {"retries": 1, "start_minutes": 5, "hours": 1},
-        }
-        (folder / "here.yaml").write_text(yaml.safe_dump(profile))
-        (folder / "kubeconfig").write_text(yaml.safe_dump(kubeconfig(server)))
-        env = {
-            **os.environ,
-            **s3.env(),
-            "KUBECONFIG": str(folder / "kubeconfig"),
-            "CRAB_PROFILE": str(folder / "here.yaml"),
-        }
-        works = stack.enter_context(operator(server, folder))
-        found = Cluster(server, works, env, mlflow, s3.url("features"))
+    with cluster_here(shared_dir / "kuberay", s3) as found:
         status, _, said = found.crab("synth", "work/shapes", "--clips", "10", "--seed", "1")
         assert status == 0, said
         yield found
-
-
-def secret(server: KubeServer, name: str, **values: str) -> None:
-    metadata = {"name": name, "namespace": NAMESPACE}
-    body = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": values}
-    server.create("secrets", NAMESPACE, body)
-
-
-def kubeconfig(server: KubeServer) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": server.endpoint}}],
-        "users": [{"name": "u", "user": {"token": "token"}}],
-    }
 
 
 TRAIN = (

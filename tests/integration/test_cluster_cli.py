@@ -16,7 +16,7 @@ import yaml
 from servers.kube_api_server import KubeServer, kube_api_server
 from servers.seaweedfs import S3Server
 from support.crab_runs import CLI, wait_for
-from support.kube import NAMESPACE
+from support.kube import NAMESPACE, write_kubeconfig
 
 from crab_platform.attempts import claim
 from crab_platform.storage import open_store
@@ -33,16 +33,7 @@ def server(shared_dir: Path) -> Iterator[KubeServer]:
 @pytest.fixture
 def env(server: KubeServer, tmp_path: Path) -> dict[str, str]:
     """With a KUBECONFIG for the server."""
-    file = tmp_path / "kubeconfig"
-    record = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": server.endpoint}}],
-        "users": [{"name": "u", "user": {"token": "token"}}],
-    }
-    file.write_text(yaml.safe_dump(record))
+    file = write_kubeconfig(server, tmp_path / "kubeconfig")
     return {**os.environ, "KUBECONFIG": str(file), "CRAB_PROFILE": "eks-example"}
 
 

@@ -43,6 +43,11 @@ _KINDS = {
 }
 
 
+_BUILD = dict.fromkeys(
+    ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform"), "of tests"
+)
+
+
 class Refused(Exception):  # noqa: N818 (what an answer is)
     """An answer that is an error."""
 
@@ -84,6 +89,8 @@ class KubeServer:
     """Of each plural the version and the kind that the server knows."""
     requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
+    denied: set[tuple[str, str]] = field(default_factory=set)
+    """(verb, resource) of what nobody may, as SelfSubjectAccessReview tells it."""
     _objects: dict[Key, Object] = field(default_factory=dict)
     _events: list[tuple[int, str, Object]] = field(default_factory=list)
     _version: int = 1000
@@ -129,7 +136,15 @@ class KubeServer:
 
     # What requests do.
 
-    def create(self, plural: str, namespace: str, body: Object, *, dry_run: bool = False) -> Object:
+    def create(
+        self,
+        plural: str,
+        namespace: str,
+        body: Object,
+        *,
+        dry_run: bool = False,
+        manager: str = "",
+    ) -> Object:
         with self._lock:
             body = copy.deepcopy(body)
             metadata = body.setdefault("metadata", {})
@@ -155,6 +170,8 @@ class KubeServer:
                 "creationTimestamp": _now(),
                 "generation": 1,
             }
+            if manager:
+                metadata["managedFields"] = [{"manager": manager, "fields": sorted(_leaves(body))}]
             if dry_run:
                 return body
             return self._store(key, body, "ADDED")
@@ -202,7 +219,8 @@ class KubeServer:
                 after["metadata"]["generation"] = before["metadata"].get("generation", 1) + 1
             return self._store(key, after, "MODIFIED")
 
-    def delete(self, key: Key) -> None:
+    def delete(self, key: Key, *, orphan: bool = False) -> None:
+        """With all that it owns; with `orphan` that stays."""
         with self._lock:
             found = self.get(*key)
             if found["metadata"].get("finalizers"):
@@ -214,6 +232,8 @@ class KubeServer:
             found["metadata"]["resourceVersion"] = str(self._version)
             del self._objects[key]
             self._tell("DELETED", found)
+            if orphan:
+                return
             uid = found["metadata"]["uid"]
             for other, owned in list(self._objects.items()):
                 owners = owned["metadata"].get("ownerReferences", ())
@@ -270,6 +290,25 @@ class KubeServer:
                         "metadata": {"resourceVersion": str(after)},
                     },
                 }
+
+    def cluster_wide(self, method: str, path: str, body: Object) -> Object | None:
+        """The version, what an API group has, and reviews of access; None for all other paths."""
+        if (method, path.rstrip("/")) == ("GET", "/version"):
+            return {"major": "1", "minor": "34", "gitVersion": "v1.34.1", **_BUILD}
+        if (method, path) == ("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"):
+            asked = body["spec"]["resourceAttributes"]
+            allowed = (asked["verb"], asked["resource"]) not in self.denied
+            return body | {"status": {"allowed": allowed}}
+        if method == "GET" and path.count("/") == 3 and path.startswith("/apis/"):
+            version = path.removeprefix("/apis/")
+            found = [name for name, (api, _) in self.kinds.items() if api == version]
+            if found:
+                return {
+                    "kind": "APIResourceList",
+                    "groupVersion": version,
+                    "resources": [{"name": name} for name in found],
+                }
+        return None
 
     def _validate(self, plural: str, body: Object) -> None:
         api, kind = self.kinds[plural]
@@ -348,6 +387,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else {}
         try:
+            wide = self.state.cluster_wide(method, url.path, body)
+            if wide is not None:
+                self._answer(200, wide, "pass")
+                return
             namespace, plural, name, part = _parse(url.path, self.state.kinds)
             verb = _verb(method, name, query)
             fault = self.state.spoil(verb, self.path)
@@ -402,7 +445,13 @@ class _Handler(BaseHTTPRequestHandler):
         if method == "POST":
             if query.get("fieldValidation") != "Strict":
                 raise Refused(400, "BadRequest", "this server wants fieldValidation=Strict")
-            return self.state.create(plural, namespace, body, dry_run=query.get("dryRun") == "All")
+            return self.state.create(
+                plural,
+                namespace,
+                body,
+                dry_run=query.get("dryRun") == "All",
+                manager=query.get("fieldManager", ""),
+            )
         if method == "PATCH":
             kind = self.headers.get("Content-Type", "")
             apply = kind == "application/apply-patch+yaml"
@@ -418,7 +467,7 @@ class _Handler(BaseHTTPRequestHandler):
                 force=query.get("force") == "true",
                 status=part == "status",
             )
-        self.state.delete(key)
+        self.state.delete(key, orphan=query.get("propagationPolicy") == "Orphan")
         return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
 
     def _answer(self, code: int, value: Object, fault: Fault) -> None:

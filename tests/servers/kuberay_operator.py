@@ -30,6 +30,8 @@ from servers.seaweedfs import free_ports
 Object = dict[str, Any]
 TOKEN_KEY = "auth_token"
 _POLL_S = 0.2
+_SILENCE_S = 30.0
+"""KubeRay's RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS, which is 300 there."""
 _END = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -84,7 +86,7 @@ class Operator:
         until = time.monotonic() + spec.get("activeDeadlineSeconds", 1 << 30)
         failed = 0
         while True:
-            with _Cluster(self._server, job, self._folder, self._environment) as cluster:
+            with RayPods(self._server, job, self._folder, self._environment) as cluster:
                 status = self._attempt(job, cluster, until)
                 again = status["jobDeploymentStatus"] == "Failed" and failed < spec["backoffLimit"]
                 again = again and status.get("reason") == "AppFailed"
@@ -96,7 +98,7 @@ class Operator:
                     break
             self._say(job, jobDeploymentStatus="Retrying", jobStatus="", rayClusterName="")
 
-    def _attempt(self, job: Object, cluster: _Cluster, until: float) -> Object:
+    def _attempt(self, job: Object, cluster: RayPods, until: float) -> Object:
         """The status at its end."""
         spec = job["spec"]
         self._say(
@@ -114,9 +116,14 @@ class Operator:
             cluster.submit(identity, spec["entrypoint"], spec.get("runtimeEnvYAML"))
             times = {"startTime": _now()}
             self._say(job, jobDeploymentStatus="Running", jobStatus="PENDING", jobId=identity)
+            heard = time.monotonic()
             while True:
                 self._look(job, until)
                 found = cluster.job(identity)
+                if found is None and time.monotonic() - heard < _SILENCE_S:
+                    time.sleep(_POLL_S)
+                    continue
+                heard = time.monotonic()
                 if found is None:
                     reason = "JobStatusCheckTimeoutExceeded"
                     return {
@@ -162,7 +169,7 @@ class Operator:
             raise _Gone from refused
 
 
-class _Cluster:
+class RayPods:
     """Ray processes for a RayCluster and its pods; gone at the end of the block."""
 
     def __init__(
@@ -174,16 +181,22 @@ class _Cluster:
         self._namespace = job["metadata"]["namespace"]
         self.name = f"{job['metadata']['name']}-{secrets.token_hex(3)}"
         self._folder = folder
-        self._own = folder / self.name
+        self._own = folder / self.name[-6:]  # short: Ray's sockets lie in it
         self._environment = dict(environment)
         self._pods: dict[str, subprocess.Popen[bytes]] = {}
         self._port, self._dashboard = free_ports(2)
         self._token = ""
 
-    def __enter__(self) -> _Cluster:
+    def __enter__(self) -> RayPods:
         return self
 
+    @property
+    def dashboard(self) -> str:
+        """Its URL."""
+        return f"http://127.0.0.1:{self._dashboard}"
+
     def start(self) -> None:
+        """Returns when the head answers."""
         self._make("rayclusters", "ray.io/v1", "RayCluster", self.name, {}, self._spec)
         self._start_pod(f"{self.name}-head", self._spec["headGroupSpec"], head=True)
         _wait_until(lambda: self._ask("GET", "/api/version") is not None, self._pods)
@@ -204,9 +217,6 @@ class _Cluster:
     def job(self, identity: str) -> Object | None:
         """As Ray has it; None where its head is gone."""
         return self._ask("GET", f"/api/jobs/{identity}")
-
-    def kill_head(self) -> None:
-        _kill(self._pods[f"{self.name}-head"])
 
     def __exit__(self, *_: object) -> None:
         for name, process in self._pods.items():
@@ -234,9 +244,10 @@ class _Cluster:
             self._environment | self._variables(container["env"], labels) | {"HOME": str(cwd)}
         )
         auth = self._spec["authOptions"]
-        assert auth["mode"] == "token"
-        self._token = self._secret(auth["secretName"], TOKEN_KEY)
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        environment["RAY_AUTH_MODE"] = auth["mode"]
+        if auth["mode"] == "token":
+            self._token = self._secret(auth["secretName"], TOKEN_KEY)
+            environment["RAY_AUTH_TOKEN"] = self._token
         environment["RAY_TMPDIR"] = str(self._own)
         cpus = group["rayStartParams"].get("num-cpus", container["resources"]["limits"]["cpu"])
         ports = [f"--port={self._port}", f"--dashboard-port={self._dashboard}"]
@@ -280,7 +291,7 @@ class _Cluster:
 
     def _ask(self, method: str, path: str, body: Object | None = None) -> Object | None:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._dashboard}{path}",
+            self.dashboard + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
@@ -293,15 +304,19 @@ class _Cluster:
             return None
 
 
+def bare_environment() -> dict[str, str]:
+    """As in a container: nothing of who runs the tests, above all no key."""
+    own = {name: os.environ[name] for name in ("LANG", "OMP_NUM_THREADS") if name in os.environ}
+    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return own
+
+
 @contextmanager
 def operator(
     server: KubeServer, folder: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Operator]:
     """Looks after all RayJobs of a server; `environment` is added to that of every pod."""
-    # As in a container: nothing of who runs the tests, above all no key.
-    own = {name: os.environ[name] for name in ("LANG", "OMP_NUM_THREADS") if name in os.environ}
-    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    found = Operator(server, folder, own | dict(environment or {}))
+    found = Operator(server, folder, bare_environment() | dict(environment or {}))
     thread = threading.Thread(target=found.run, daemon=True)
     thread.start()
     try:

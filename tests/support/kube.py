@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import yaml
 from kubernetes import client
 from servers.kube_api_server import Fault, KubeServer
 
@@ -31,6 +33,20 @@ def api_of(
         return client.ApiClient(settings)
 
     return KubeApi(connect=connect, namespace=NAMESPACE, patience=patience)
+
+
+def write_kubeconfig(server: KubeServer, path: Path) -> Path:
+    """For a command that is run as a person runs it."""
+    record = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": server.endpoint}}],
+        "users": [{"name": "u", "user": {"token": "token"}}],
+    }
+    path.write_text(yaml.safe_dump(record))
+    return path
 
 
 def job(name: str = "train", spec: str = "{}") -> dict[str, Any]:
