@@ -238,9 +238,14 @@ def load_spec(path: str | Path, changes: Sequence[str] = ()) -> Spec:
 def parse_spec(values: Mapping[str, Any], where: str = "spec") -> Spec:
     """Checks a spec that was already read. Raises SpecError."""
     try:
-        return _SPEC.validate_python(values)
+        spec = _SPEC.validate_python(values)
     except ValidationError as error:
         raise SpecError(explain(error, values, where, KINDS)) from error
+    if isinstance(spec, TuneSpec) and isinstance(spec.preprocess, dict):
+        first = parse_spec(spec.preprocess, f"{where}: preprocess")
+        if first.job != "preprocess":
+            raise SpecError(f"{where}: preprocess is a {first.job} job; expected a preprocess job")
+    return spec
 
 
 def spec_record(spec: Job) -> dict[str, Any]:

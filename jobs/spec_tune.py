@@ -72,8 +72,9 @@ class TuneSpec(Job):
     prices: str | None = None
     """A profile (k8s/profiles) whose prices say what trials cost."""
     confirm: Confirm = Confirm()
-    preprocess: Place | None = None
-    """Spec of the preprocess job to run first where the features are not there. Without it a cold cache is refused."""
+    preprocess: Place | dict[str, Any] | None = None
+    """The preprocess job to run first where the features are not there: path of its spec, or the spec itself. Without
+    it a cold cache is refused."""
 
     @model_validator(mode="before")
     @classmethod

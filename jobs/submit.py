@@ -43,10 +43,7 @@ def manifest_of(
     values = read_yaml(path, changes)
     parse_spec(values, str(path))
     _refuse_secrets(values, "")
-    # Where runs are tracked is the cluster's matter, of the steps of a sequence too.
-    values["tracking"] = {**values.get("tracking", {}), "uri": cluster.mlflow.uri}
-    for step in values.get("steps", ()):
-        step.pop("tracking", None)
+    _move_to_cluster(values, {}, cluster.mlflow.uri)
     spec = parse_spec(values, str(path))
     request = JobRequest(
         name=spec.name,
@@ -66,6 +63,19 @@ def manifest_of(
 def as_yaml(job: Mapping[str, Any]) -> str:
     """For kubectl and for people."""
     return yaml.safe_dump(dict(job), sort_keys=False, width=120)
+
+
+def _move_to_cluster(values: dict[str, Any], outer: Mapping[str, Any], mlflow: str) -> None:
+    """Where runs are tracked is the cluster's matter, and pods do not have the specs of this machine."""
+    tracking = {**outer, **values.get("tracking", {}), "uri": mlflow}
+    values["tracking"] = tracking
+    for step in values.get("steps", ()):
+        _move_to_cluster(step, tracking, mlflow)
+    first = values.get("preprocess")
+    if isinstance(first, str):
+        values["preprocess"] = first = read_yaml(first)
+    if isinstance(first, dict):
+        _move_to_cluster(first, tracking, mlflow)
 
 
 def _refuse_secrets(values: Any, where: str) -> None:

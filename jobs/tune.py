@@ -27,6 +27,7 @@ from jobs.spec import (
     SpecError,
     TuneSpec,
     load_spec,
+    parse_spec,
     record_digest,
     spec_digest,
     spec_record,
@@ -169,8 +170,10 @@ def _warm(spec: TuneSpec) -> Manifest:
                 f"{error}. A sweep does not start on a cold cache, where the first trials would pay for all. To have "
                 "it filled first, name the spec: --set preprocess=jobs/specs/preprocess-shapes.yaml"
             ) from error
-    line(f"{spec.name}: the features are not there; running {spec.preprocess} first")
-    run_spec(load_spec(spec.preprocess))
+    first = spec.preprocess
+    job = parse_spec(first) if isinstance(first, dict) else load_spec(first)
+    line(f"{spec.name}: the features are not there; running {job.name} first")
+    run_spec(job)
     return open_manifest(spec.train.features, spec.runs)
 
 

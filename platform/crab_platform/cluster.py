@@ -223,24 +223,29 @@ def explained(api: KubeApi, job: Mapping[str, Any]) -> JobState:
 
 
 def state_of(job: Mapping[str, Any]) -> JobState:
-    """What a RayJob's status means. `jobStatus` is Ray's word on the job, `jobDeploymentStatus` KubeRay's on all."""
+    """What a RayJob's status means. `jobStatus` is Ray's word on one attempt, `jobDeploymentStatus` KubeRay's on all.
+
+    An attempt that failed is the end only where KubeRay says so: until then there may be another one.
+    """
     status = job.get("status", {})
     ray, deployment = status.get("jobStatus", ""), status.get("jobDeploymentStatus", "")
     told = ": ".join(part for part in (status.get("reason"), status.get("message")) if part)
     phase: Phase
-    if deployment == "Failed" or ray in ("FAILED", "STOPPED") or deployment == "ValidationFailed":
+    has_failed = ray in ("FAILED", "STOPPED")
+    if deployment in ("Failed", "ValidationFailed") or (has_failed and deployment == "Complete"):
         phase, sentence = "failed", f"failed: {told or ray or deployment}"
+    elif deployment == "Retrying":
+        phase = "waiting"
+        sentence = f"starts again on a new cluster: {told or 'the one before was lost'}"
+    elif has_failed:
+        phase = "running"
+        sentence = f"{told or ray}; KubeRay decides whether it starts again"
     elif ray == "SUCCEEDED":
         phase, sentence = "succeeded", "done"
     elif ray == "RUNNING":
         phase, sentence = "running", "running"
     elif deployment in ("Suspended", "Suspending") or job["spec"].get("suspend"):
         phase, sentence = "suspended", "waits for its turn in the queue"
-    elif deployment == "Retrying":
-        phase, sentence = (
-            "waiting",
-            f"starts again on a new cluster: {told or 'the one before was lost'}",
-        )
     elif deployment == "":
         phase, sentence = "waiting", "submitted; KubeRay has not looked at it yet"
     else:

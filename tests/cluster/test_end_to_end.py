@@ -81,7 +81,7 @@ def test_specs_become_results(cluster: Cluster) -> None:
     listed = cluster.crab("jobs")[1]["jobs"]
     assert {(job["phase"], job["exit_code"]) for job in listed} == {("succeeded", 0)}
     assert len(listed) == 4
-    assert cluster.server.all("pods") == []
+    wait_for(lambda: not cluster.server.all("pods"), "all pods to go")
 
 
 def test_a_job_that_fails_is_tried_again_and_its_exit_code_is_1(cluster: Cluster) -> None:

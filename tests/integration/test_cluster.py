@@ -189,6 +189,9 @@ def test_a_job_that_vanishes_is_said_to_be_gone(server: KubeServer) -> None:
         ({"jobDeploymentStatus": "Suspended"}, "suspended", "queue", None),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, "running", "running", None),
         ({"jobDeploymentStatus": "Retrying"}, "waiting", "new cluster", None),
+        # What KubeRay 1.7 writes between an attempt that failed and the next one.
+        ({"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED", "reason": "App"}, "waiting", "App", None),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "FAILED"}, "running", "whether", None),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", "done", 0),
         ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, "succeeded", "done", 0),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "FAILED", "message": "exit 1"}, "failed", "exit 1", 1),

@@ -30,6 +30,8 @@ from crab_platform.training_worker import init_distributed
 
 STEPS, MICRO_BATCHES, DROPOUT = 3, 2, 0.2
 CLIPPED = 1e-6
+CLIPPED_ADAM = 1e-5
+"""Adam divides by the root of what it has seen: where a gradient is all but zero, its rounding is an update."""
 CASES: dict[str, dict[str, Any]] = {
     "zero3": {},
     "zero3-recomputed": {"recomputes": True},
@@ -189,7 +191,9 @@ def test_offload_clips_by_a_norm_that_was_added_up_otherwise(
     mine, theirs = engines["zero3-clipped-all"], engines["zero3-clipped"]
     assert min(float(theirs[f"norm {step}"]) for step in range(STEPS)) > 1
     for name in mine:
-        assert (mine[name] - theirs[name]).abs().max() <= CLIPPED * theirs[name].abs().max(), name
+        assert (mine[name] - theirs[name]).abs().max() <= CLIPPED_ADAM * theirs[name].abs().max(), (
+            name
+        )
     found = different(theirs, engines["zero3"])
     assert [name for name in found if name.startswith("exp_avg/")]  # it does clip
 

@@ -11,19 +11,19 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from servers.kube_api_server import KubeServer, Refused
 from servers.seaweedfs import free_ports
 
@@ -78,8 +78,15 @@ class Operator:
             self._all_attempts(job)
         except _Gone:
             return
-        except BaseException as error:  # told to the test by `operator`
+        except (
+            BaseException
+        ) as error:  # told to the test by `operator`, and to who waits for the job
             self.errors.append(error)
+            said = f"the operator of the tests failed: {error!r}"
+            with suppress(_Gone):
+                self._say(
+                    job, jobDeploymentStatus="Failed", reason="ValidationFailed", message=said
+                )
 
     def _all_attempts(self, job: Object) -> None:
         spec = job["spec"]
@@ -88,15 +95,19 @@ class Operator:
         while True:
             with RayPods(self._server, job, self._folder, self._environment) as cluster:
                 status = self._attempt(job, cluster, until)
-                again = status["jobDeploymentStatus"] == "Failed" and failed < spec["backoffLimit"]
-                again = again and status.get("reason") == "AppFailed"
-                failed += status["jobDeploymentStatus"] == "Failed"
-                self._say(job, **status, failed=failed, succeeded=int(not failed))
-                if not again:
+                has_failed = status["jobDeploymentStatus"] == "Failed"
+                failed += has_failed
+                again = has_failed and failed < spec["backoffLimit"] + 1
+                if again and status["reason"] != "DeadlineExceeded":
+                    status["jobDeploymentStatus"] = (
+                        "Retrying"  # in place of Failed, which nobody sees
+                    )
+                self._say(job, **status, failed=failed, succeeded=int(not has_failed))
+                if status["jobDeploymentStatus"] != "Retrying":
                     self._say(job, endTime=_now())
                     self._wait(job, spec.get("ttlSecondsAfterFinished", 0))
                     break
-            self._say(job, jobDeploymentStatus="Retrying", jobStatus="", rayClusterName="")
+            self._say(job, jobDeploymentStatus="", jobStatus="", rayClusterName="", reason="")
 
     def _attempt(self, job: Object, cluster: RayPods, until: float) -> Object:
         """The status at its end."""
@@ -113,7 +124,9 @@ class Operator:
                     return {"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded"}
                 time.sleep(_POLL_S)
             identity = f"{job['metadata']['name']}-{secrets.token_hex(3)}"
-            cluster.submit(identity, spec["entrypoint"], spec.get("runtimeEnvYAML"))
+            while not cluster.submit(identity, spec["entrypoint"], spec.get("runtimeEnvYAML")):
+                self._look(job, until)
+                time.sleep(_POLL_S)
             times = {"startTime": _now()}
             self._say(job, jobDeploymentStatus="Running", jobStatus="PENDING", jobId=identity)
             heard = time.monotonic()
@@ -199,33 +212,51 @@ class RayPods:
         """Returns when the head answers."""
         self._make("rayclusters", "ray.io/v1", "RayCluster", self.name, {}, self._spec)
         self._start_pod(f"{self.name}-head", self._spec["headGroupSpec"], head=True)
-        _wait_until(lambda: self._ask("GET", "/api/version") is not None, self._pods)
+        self._wait_until(lambda: self._ask("GET", "/api/version") is not None)
+
+    def is_ready(self) -> bool:
+        """Whether all nodes are there. Starts the next one: two at a time on one machine take each other's ports."""
+        assert self._is_alive(), "a Ray process has ended"
+        nodes = self._ask("GET", "/nodes?view=summary")
+        states = [node["raylet"].get("state") for node in nodes["data"]["summary"]] if nodes else []
+        if states.count("ALIVE") < len(self._pods):
+            return False
         for group in self._spec["workerGroupSpecs"]:
             # Without an autoscaler here, groups that scale have all of their pods at once.
             for number in range(group["maxReplicas"]):
-                self._start_pod(f"{self.name}-{group['groupName']}-{number}", group, head=False)
+                name = f"{self.name}-{group['groupName']}-{number}"
+                if name not in self._pods:
+                    self._start_pod(name, group, head=False)
+                    return False
+        return True
 
-    def is_ready(self) -> bool:
-        return all(process.poll() is None for process in self._pods.values())
-
-    def submit(self, identity: str, entrypoint: str, runtime_env: str | None) -> None:
+    def submit(self, identity: str, entrypoint: str, runtime_env: str | None) -> bool:
+        """Whether Ray has taken it: its agents may not be there yet, and the same identity is one job."""
         body = {"entrypoint": entrypoint, "submission_id": identity}
         if runtime_env:
             body["runtime_env"] = json.loads(runtime_env)
-        assert self._ask("POST", "/api/jobs/", body) is not None
+        return self._ask("POST", "/api/jobs/", body) is not None or self.job(identity) is not None
 
     def job(self, identity: str) -> Object | None:
         """As Ray has it; None where its head is gone."""
         return self._ask("GET", f"/api/jobs/{identity}")
 
     def __exit__(self, *_: object) -> None:
-        for name, process in self._pods.items():
-            _kill(process)
+        _kill(self._pods.values())
+        for name in self._pods:
             with suppress(Refused):
                 self._server.delete(("pods", self._namespace, name))
         with suppress(Refused):
             self._server.delete(("rayclusters", self._namespace, self.name))
         shutil.rmtree(self._own, ignore_errors=True)
+
+    def _is_alive(self) -> bool:
+        return all(pod.poll() is None for pod in self._pods.values())
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert self._is_alive(), "a Ray process has ended"
+            time.sleep(_POLL_S)
 
     def _start_pod(self, name: str, group: Object, *, head: bool) -> None:
         template = group["template"]
@@ -236,13 +267,12 @@ class RayPods:
             "ray.io/group": "headgroup" if head else group["groupName"],
         }
         self._make("pods", "v1", "Pod", name, labels, template["spec"])
-        cwd = self._own / name
-        cwd.mkdir(parents=True)
+        # As in pods, all stand in folders of one name, and have homes of their own.
         (self._folder / "work").mkdir(exist_ok=True)
-        (cwd / "work").symlink_to(self._folder / "work")
-        environment = (
-            self._environment | self._variables(container["env"], labels) | {"HOME": str(cwd)}
-        )
+        home = self._own / name
+        home.mkdir(parents=True)
+        variables = self._variables(container["env"], labels)
+        environment = self._environment | variables | {"HOME": str(home)}
         auth = self._spec["authOptions"]
         environment["RAY_AUTH_MODE"] = auth["mode"]
         if auth["mode"] == "token":
@@ -250,14 +280,23 @@ class RayPods:
             environment["RAY_AUTH_TOKEN"] = self._token
         environment["RAY_TMPDIR"] = str(self._own)
         cpus = group["rayStartParams"].get("num-cpus", container["resources"]["limits"]["cpu"])
+        # Pods have a network of their own, these have not: another Ray on this machine has the usual ports.
+        agent, client = free_ports(2)
         ports = [f"--port={self._port}", f"--dashboard-port={self._dashboard}"]
+        ports.append(f"--ray-client-server-port={client}")
         where = ["--head", *ports] if head else [f"--address=127.0.0.1:{self._port}"]
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *where]
         command += [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+        command.append(f"--dashboard-agent-listen-port={agent}")
         command += [f"--object-store-memory={200 << 20}"]
         with (self._folder / f"{name}.log").open("wb") as log:
             self._pods[name] = subprocess.Popen(
-                command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self._folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         state = {"name": container["name"], "state": {"running": {}}}
         self._server.set_status(
@@ -327,23 +366,24 @@ def operator(
     assert not found.errors, found.errors
 
 
-def _wait_until(condition: Any, pods: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    while not condition():
-        assert all(pod.poll() is None for pod in pods.values()), "a Ray process has ended"
-        time.sleep(_POLL_S)
+def _kill(pods: Iterable[subprocess.Popen[bytes]]) -> None:
+    """With all that they have started."""
+    of_them = [own for pod in pods for own in _family(pod.pid)]
+    for process in of_them:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(of_them, timeout=3)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: Ray's processes have its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _family(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    return []
 
 
 def _now() -> str:

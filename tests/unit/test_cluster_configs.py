@@ -16,7 +16,7 @@ from support.pod_security import violations
 
 from crab_platform.cost import ProfileError
 from crab_platform.rayjob_rules import objections
-from jobs.spec import SpecError
+from jobs.spec import SpecError, TuneSpec, parse_spec
 from jobs.submit import manifest_of
 
 SPECS = sorted(path.stem for path in Path("jobs/specs").glob("*.yaml"))
@@ -76,6 +76,8 @@ WRONG: list[tuple[str, list[str], dict[str, Any], str]] = [
     (TRAIN, ["workers.cout=2"], {}, "count"),
     (TRAIN, ["features.cache=https://me:hidden@host/cache"], {}, "holds a secret"),
     (PREPROCESS, ["pipeline.encode_gpus=3", "pipeline.encode_actors=1"], {}, "3 GPUs"),
+    (TUNE, ["preprocess=no-such-file.yaml"], {}, "no-such-file.yaml"),
+    (TUNE, ["preprocess={job: train}"], {}, "preprocess"),
     (TUNE, ["train.workers.count=999", "train.optimisation.batch_size=999"], {}, "does not fit"),
 ]  # fmt: skip
 
@@ -111,3 +113,15 @@ def test_what_is_wrong_is_refused_with_its_place(
         manifest_of(f"jobs/specs/{spec}.yaml", sets, profile(tmp_path, changes))
     assert said in str(raised.value)
     assert "hidden" not in str(raised.value)
+
+
+def test_what_a_sweep_runs_first_goes_with_it(tmp_path: Path) -> None:
+    job = manifest_of(f"jobs/specs/{TUNE}.yaml", [], profile(tmp_path, {}))
+    (head,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    sent = next(v["value"] for v in head["env"] if v["name"] == "CRAB_SPEC")
+    spec = parse_spec(yaml.safe_load(sent))
+    assert isinstance(spec, TuneSpec)
+    assert isinstance(spec.preprocess, dict)
+    first = parse_spec(spec.preprocess)
+    assert first.name == "preprocess-shapes"
+    assert first.tracking.uri == spec.tracking.uri == "https://mlflow.example.com"
