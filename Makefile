@@ -17,7 +17,7 @@ help:  ## this list
 
 setup: $(READY)  ## virtual environment with the locked packages; installs a compiler where Debian has none
 
-$(READY): requirements/lock.txt requirements/cuda.txt requirements/install.sh pyproject.toml
+$(READY): requirements/lock.txt requirements/dev.txt requirements/cuda.txt requirements/install.sh pyproject.toml
 	@requirements/system.sh $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	TORCH=$(TORCH) requirements/install.sh $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from crab_platform.cluster_profile import load_cluster, looks_secret
+from crab_platform.job_cost import job_cost
 from crab_platform.rayjob import JobRequest, ray_job
 from crab_platform.rayjob_rules import objections
 from jobs.code_zip import CodeZip
@@ -39,7 +41,7 @@ def manifest_of(
         SpecError: the spec, or what it asks of this cluster, cannot be.
         ProfileError: the profile is wrong.
     """
-    _, cluster, _ = load_cluster(profile)
+    _, cluster, prices = load_cluster(profile)
     values = read_yaml(path, changes)
     parse_spec(values, str(path))
     _refuse_secrets(values, "")
@@ -54,7 +56,8 @@ def manifest_of(
         code=code.path if code else None,
         commit=code.commit if code else None,
     )
-    job = ray_job(request, cluster)
+    cost = job_cost(ray_job(request, cluster), prices)
+    job = ray_job(replace(request, hourly=(cost.hourly, cost.currency)), cluster)
     if found := objections(job):
         raise SpecError("the cluster would refuse this job:\n" + "\n".join(found))
     return job

@@ -13,9 +13,10 @@ from crab.adapter.health import Alarm
 from crab.evaluate import get_task
 from crab.model.artifact import verify_model
 from crab.model.initial import DIGEST as INITIAL_DIGEST
-from crab_platform import ray_cluster, tracking
+from crab_platform import gauges, ray_cluster, tracking
 from crab_platform.catalog import Manifest
 from crab_platform.identity import digest
+from crab_platform.own_cost import cost_till_now
 from crab_platform.training import Recipe, TrainingConfig, train
 from jobs.adapters import adapter_digest
 from jobs.answers import Asking, ask
@@ -87,7 +88,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
                 metrics["router/alarm"] = float(alarm.raised)
             with (folder / STEPS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            run_.metrics({name: v for name, v in metrics.items() if name != "step"}, step)
+            values = {name: v for name, v in metrics.items() if name != "step"}
+            run_.metrics(values, step)
+            gauges.show(spec.name, values | cost_till_now())
             losses.append(metrics["loss"])
             bar(step, spec.optimisation.steps)
 

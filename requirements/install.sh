@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Installs the locked packages into the virtual environment $1 and this repository into it, editable.
+# With `packages` or `repository` as $2 only one of the two: layers of the image.
 #
 # torch is chosen by TORCH (default: auto):
 #   auto  a machine with an NVIDIA GPU (nvidia-smi lists one) takes cuda; any other takes cpu
 #   cpu   a CPU wheel at hand (pip's find-links), else PyTorch's own CPU index; on macOS PyPI's wheel
 #   cuda  PyPI's build with the CUDA packages of cuda.txt
+# DEV=no leaves out what only tests and checks need.
 set -euo pipefail
 venv=$1
 here=$(cd "$(dirname "$0")" && pwd)
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+what=${2:-all}
+repository() { "${pip[@]}" install --no-deps --no-build-isolation --editable "$here/.."; }
+if [ "$what" = repository ]; then repository; exit; fi
 torch=${TORCH:-auto}
 if [ "$torch" = auto ]; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then torch=cuda; else torch=cpu; fi
@@ -45,4 +50,5 @@ case "$torch" in
     exit 2
     ;;
 esac
-"${pip[@]}" install --no-deps --no-build-isolation --editable "$here/.."
+if [ "${DEV:-yes}" = yes ]; then "${pip[@]}" install --require-hashes --no-deps -r "$here/dev.txt"; fi
+if [ "$what" = all ]; then repository; fi

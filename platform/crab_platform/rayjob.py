@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from crab_platform.cluster_profile import ClusterProfile, NodeGroup, SecretKey
 from crab_platform.cost import ProfileError
+from crab_platform.own_cost import CURRENCY_VARIABLE, HOUR_VARIABLE
 
 MAX_NAME = 47
 """Characters of a RayJob's name: KubeRay appends to it, and Kubernetes has 63 for all."""
@@ -64,6 +65,8 @@ class JobRequest:
     """Path in the bucket of a zip with code that is newer than the image's (jobs/code_zip.py)."""
     commit: str | None = None
     """Of that code."""
+    hourly: tuple[float, str] | None = None
+    """What all of its pods cost an hour, and the currency: what the job itself tells of its cost (own_cost.py)."""
 
 
 def ray_job(request: JobRequest, profile: ClusterProfile) -> dict[str, Any]:
@@ -288,6 +291,7 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
         BUCKET_VARIABLE: profile.bucket,
         VERSION_VARIABLE: request.version,
         **({} if request.code is None else {CODE_VARIABLE: request.code}),
+        **_cost(request),
         "MLFLOW_TRACKING_URI": profile.mlflow.uri,
     }
     cluster = {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}
@@ -301,6 +305,13 @@ def _environment(request: JobRequest, profile: ClusterProfile) -> list[dict[str,
         *({"name": name, "valueFrom": _reference(of)} for name, of in sorted(secrets.items())),
         {"name": CLUSTER_VARIABLE, "valueFrom": cluster},
     ]
+
+
+def _cost(request: JobRequest) -> dict[str, str]:
+    if request.hourly is None:
+        return {}
+    price, currency = request.hourly
+    return {HOUR_VARIABLE: f"{price:.6g}", CURRENCY_VARIABLE: currency}
 
 
 def _reference(secret: SecretKey) -> dict[str, Any]:

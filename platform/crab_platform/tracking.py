@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from crab_platform.own_cost import CURRENCY_VARIABLE, cost_till_now
 from crab_platform.spool import FOLDER, Cursor, Record, Spool, load_cursor
 
 _PARAM_LENGTH = 6000
@@ -160,7 +161,7 @@ def start_run(
         direct.append(first)
         run = Run(tracking_uri, experiment, str(direct.records.run_id))
         run._sink = direct
-        with _logged(run, spec):
+        with _logged(run, spec, tags or {}):
             yield run
         return
     place = folder or Path("work/runs") / re.sub(r"[^\w.-]", "-", name)
@@ -169,7 +170,7 @@ def start_run(
     try:
         run = Run(tracking_uri, experiment, courier.run_id() or local_id, spool.path)
         run._sink = spool
-        with _logged(run, spec):
+        with _logged(run, spec, tags or {}):
             yield run
     finally:
         spool.close()
@@ -177,8 +178,9 @@ def start_run(
 
 
 @contextmanager
-def _logged(run: Run, spec: Mapping[str, Any]) -> Iterator[None]:
-    """The spec before the block, and how it ended after it."""
+def _logged(run: Run, spec: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[None]:
+    """The spec before the block, and how it ended, and what it cost, after it."""
+    began = time.monotonic()
     params = {plain_name(key): value[:_PARAM_LENGTH] for key, value in flatten(spec).items()}
     status = "FAILED"
     try:
@@ -190,6 +192,10 @@ def _logged(run: Run, spec: Mapping[str, Any]) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
+        # Runs inside a run (trials) share its pods. The step tells attempts apart: of one step the first value counts.
+        if "mlflow.parentRunId" not in tags and (cost := cost_till_now(began)):
+            run.metrics(cost, step=int(time.time()))
+            run.tag("cost.currency", os.environ.get(CURRENCY_VARIABLE, ""))
         run._log({"op": "end", "status": status, "time": _now_ms()})
 
 
