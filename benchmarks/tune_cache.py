@@ -1,6 +1,6 @@
 """How much faster a sweep is with the feature cache: 8 trials on real clips, with features kept and without.
 
-    python benchmarks/tune_cache.py [--trials 8] [--clips 16] [--steps 6]
+    python benchmarks/tune_cache.py [--trials 8] [--clips 16] [--steps 4]
 
 With: one preprocess job, then trials that read its features. Without: every trial first decodes and encodes all clips
 into an empty cache of its own, as training does that has none. Trials run one after the other by the same code, one
@@ -68,7 +68,7 @@ def train_spec(folder: Path, samples: str, steps: int) -> TrainSpec:
             "runs": str(folder / "runs"),
             "data": [{"name": "clips", "samples": samples}],
             "features": {"cache": str(folder / "cache"), "manifest": "features"},
-            "optimisation": {"steps": steps, "batch_size": 16, "learning_rate": 1e-3},
+            "optimisation": {"steps": steps, "batch_size": 8, "learning_rate": 1e-3},
             "workers": {"count": 1, "micro_batches": 1},
             "validation": {"samples_per_task": 1, "every": steps},
             "parse_rate_samples": 0,
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     header("sweep-cache (B16)")

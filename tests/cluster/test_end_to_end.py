@@ -75,12 +75,15 @@ def test_specs_become_results(cluster: Cluster) -> None:
 
     client = MlflowClient(cluster.mlflow)
     experiments = [e.experiment_id for e in client.search_experiments()]
-    names = {run.info.run_name for run in client.search_runs(experiments)}
-    assert {"preprocess-shapes", "train-shapes", "evaluate-shapes"} <= names
+    runs = {run.info.run_name: run.data for run in client.search_runs(experiments)}
+    for name in ("preprocess-shapes", "train-shapes", "tune-heads", "evaluate-shapes"):
+        assert runs[name].metrics["cost"] > 0
+        assert runs[name].tags["cost.currency"] == "USD"
 
     listed = cluster.crab("jobs")[1]["jobs"]
     assert {(job["phase"], job["exit_code"]) for job in listed} == {("succeeded", 0)}
     assert len(listed) == 4
+    assert all(job["cost"]["hours"] > 0 for job in listed)
     wait_for(lambda: not cluster.server.all("pods"), "all pods to go")
 
 
