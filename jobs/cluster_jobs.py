@@ -82,9 +82,9 @@ def show_jobs(target: Target) -> list[dict[str, Any]]:
     found = [(state_of(job), job_cost(job, target.prices)) for job in cluster.jobs(target.api)]
     table(
         f"jobs in {target.api.namespace}",
-        ("job", "state", "started", "ended", "cost", "what is going on"),
+        ("job", "state", "started (UTC)", "ended", "cost", "what is going on"),
         [
-            (s.name, s.phase, s.started or "", s.ended or "", str(cost), s.sentence)
+            (s.name, s.phase, _day_and_time(s.started), _day_and_time(s.ended), cost, s.sentence)
             for s, cost in found
         ],
     )
@@ -113,6 +113,10 @@ def to_stderr(data: bytes) -> None:
     """Standard output is for results."""
     sys.stderr.buffer.write(data)
     sys.stderr.flush()
+
+
+def _day_and_time(iso: str | None) -> str:
+    return "" if iso is None else iso[:16].replace("T", " ")
 
 
 def _log_of(name: str, target: Target) -> AbstractContextManager[None]:

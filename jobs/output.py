@@ -46,11 +46,16 @@ def line(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
+_COPIED = 50
+"""Characters: a job's name on a cluster has 47 at the most."""
+
+
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table for people."""
+    """A table for people. The first column, which names a row, is not broken where it is short enough to be copied."""
     printed = Table(title=title, title_justify="left")
-    for name in head:
-        printed.add_column(name, overflow="fold")
+    longest = max((len(str(row[0])) for row in rows), default=0)
+    for number, name in enumerate(head):
+        printed.add_column(name, overflow="fold", no_wrap=number == 0 and longest <= _COPIED)
     for row in rows:
         printed.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     console.print(printed)

@@ -31,7 +31,8 @@ class JobCost:
 
     def __str__(self) -> str:
         word = "" if self.hourly == self.hourly_least else "at most "
-        return f"{word}{self.at_most:.2f} {self.currency}"
+        digits = 2 if self.at_most >= 1 or self.at_most == 0 else 4
+        return f"{word}{self.at_most:.{digits}f} {self.currency}"
 
 
 def job_cost(job: Mapping[str, Any], prices: Prices, first_start: str | None = None) -> JobCost:
