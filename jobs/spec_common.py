@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from crab.tasks import TASKS
 from jobs.spec_base import Place, Record, absolute_sqlite
 from jobs.spec_cache import CachePlace
+from jobs.spec_errors import NAME
 
 
 def _known_tasks(names: list[str]) -> list[str]:
@@ -30,7 +31,7 @@ Tasks = Annotated[
 class DataSource(Record):
     """Clips and what is asked about them, or loose media files."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Stands in manifests instead of the folder, so that a data set has the same name on every machine."""
     samples: Place | None = None
     """A samples.jsonl, or the samples.json of Crab's own examples."""
@@ -52,7 +53,7 @@ class Tracking(Record):
 
 
 class Job(Record):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     runs: Place = Field(default="work/runs", validate_default=True)
     """Folder of all runs; this one's is runs/name."""
     tracking: Tracking = Field(default_factory=Tracking)

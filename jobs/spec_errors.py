@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+NAME = r"^[a-z0-9][a-z0-9._-]*$"
+"""Of jobs and data sets: a name is a folder, a part of URLs and of objects of Kubernetes."""
+
 
 class SpecError(ValueError):
     """The spec is wrong; the message says where, what was expected and what to do. Exit code 2."""
@@ -33,6 +36,8 @@ def explain(
             near = difflib.get_close_matches(location[-1], names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
             message = f"unknown key; {hint}"
+        elif problem["type"] == "string_pattern_mismatch":
+            message = f"is {problem['input']!r}; {_fits(problem['ctx']['pattern'])}"
         elif problem["type"] == "union_tag_invalid":
             known = problem["ctx"]["expected_tags"].replace("'", "")
             location = [*location, "job"]
@@ -44,6 +49,12 @@ def explain(
             )
         lines.append(f"  {'.'.join(location) or 'spec'}: {message}")
     return "\n".join(lines)
+
+
+def _fits(pattern: str) -> str:
+    if pattern == NAME:
+        return "names are of a-z, 0-9, '.', '_' and '-', and begin with a letter or a digit"
+    return f"expected something like {pattern}"
 
 
 def _place(

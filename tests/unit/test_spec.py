@@ -60,7 +60,7 @@ def test_every_spec_shipped_is_valid(path: Path) -> None:
         ("data.e.samples=3", "no e in the list; it holds d"),
         ("workers=3", "workers"),
         ("optimisation.steps", "expected a.b=value"),
-        ("name=Not Allowed", "name"),
+        ("name=Not Allowed", "name: is 'Not Allowed'; names are of a-z"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, change: str, said: str) -> None:
