@@ -62,6 +62,7 @@ def run(spec: TrainSpec) -> dict[str, Any]:
     adapter = folder / "adapter"
     config = training_config(spec, folder)
     losses: list[float] = []
+    steps: list[int] = []
     alarm = Alarm()
     with (
         tracking.start_run(
@@ -81,6 +82,9 @@ def run(spec: TrainSpec) -> dict[str, Any]:
 
         def on_metrics(metrics: dict[str, float]) -> None:
             step = int(metrics["step"])
+            if step != (steps[-1] if steps else 0) + 1:
+                line(f"{spec.name}: goes on after step {step - 1}, from its checkpoint")
+            steps.append(step)
             if (warning := alarm.look(metrics)) is not None:
                 line(f"{spec.name}: step {step}: {warning}")
                 run_.tag("router_alarm", f"step {step}: {warning}")

@@ -151,6 +151,9 @@ def test_the_same_command_goes_on_after_every_kill(
             if ended(run):
                 run, starts = train(folder, env, "killed"), starts + 1
         result = run.finish()
+        assert "killed: goes on after step " in run.stderr(), (
+            "who starts it again is told where it goes on"
+        )
     finally:
         run.end_all()
     killed = learnt(folder, result)
