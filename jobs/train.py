@@ -106,7 +106,8 @@ def run(spec: TrainSpec) -> dict[str, Any]:
         }
         build: Callable[[], Recipe] = partial(CrabRecipe, spec, manifest, adapter, lineage)
         trained = train(build, config, on_metrics)
-        run_.file(adapter, "adapter")
+        made_with = tracking.flatten(lineage | {"model": spec.model.model_dump(mode="json")})
+        run_.model(spec.name, adapter, made_with, spec.optimisation.steps)
         rates = _parse_rates(spec, adapter, manifest, chosen.probes)
         run_.metrics(rates, spec.optimisation.steps)
         result: dict[str, Any] = {

@@ -154,7 +154,8 @@ def run(spec: TuneSpec) -> dict[str, Any]:
         parent.file(spec.folder / SWEEP)
         parent.file(page)
         if adapter:
-            parent.file(adapter, "adapter")
+            made_with = {"manifest": manifest.digest, **plain(winner.config)} if winner else {}
+            parent.model(spec.name, adapter, made_with)
             record_reading("train", train, parent.run_id, manifest, adapter_digest(adapter))
     _show(sweep, page)
     return result

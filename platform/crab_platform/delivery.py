@@ -149,7 +149,7 @@ class Delivery:
         assert self.first is not None
         if self._target is None:
             self._target = self._make(self.first["uri"], self.cursor.run_id)
-        if records[0]["op"] == "file":
+        if records[0]["op"] in ("file", "model"):
             self._move(busy=records[0]["path"])
         self._target.apply(records)
 

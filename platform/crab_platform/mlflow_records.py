@@ -2,7 +2,7 @@
 
 run      found by our own id in the tag `crab.run`, else created; with `resume` the newest of that identity
 metrics  one value for each (run, key, step): the first that came; asked back from the server on any doubt
-params, text, tag, dataset, file, end      the same twice is the same as once
+params, text, tag, dataset, file, model, end      the same twice is the same as once
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException, RestException
 
@@ -95,6 +103,8 @@ class Records:
             client.log_inputs(run_id, datasets=[_dataset(record)])
         elif op == "file":
             self._file(run_id, Path(record["path"]), record["folder"])
+        elif op == "model":
+            self._model(run_id, record)
         elif op == "end":
             client.set_terminated(run_id, record["status"], record["time"])
         else:
@@ -187,6 +197,30 @@ class Records:
             self._client.log_artifact(run_id, str(path), folder)
         else:
             raise Refused(f"{path} is gone")
+
+    def _model(self, run_id: str, record: Record) -> None:
+        """The run's model of this name: made, filled and only then READY, so that half of one is taken for none."""
+        path, client = Path(record["path"]), self._client
+        if not path.is_dir():
+            raise Refused(f"{path} is gone")
+        run = client.get_run(run_id)
+        same = f"name = '{record['name']}' AND source_run_id = '{run_id}'"
+        held = client.search_logged_models([run.info.experiment_id], filter_string=same)
+        model = held[0] if held else None
+        if model is None:
+            model = client.create_logged_model(
+                run.info.experiment_id,
+                name=record["name"],
+                source_run_id=run_id,
+                params=record["params"],
+                model_type=record["type"],
+            )
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model.model_id not in [output.model_id for output in outputs]:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"])])
+        if model.status != LoggedModelStatus.READY:
+            client.log_model_artifacts(model.model_id, str(path))
+            client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
 def _dataset(record: Record) -> DatasetInput:

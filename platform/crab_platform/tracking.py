@@ -99,6 +99,12 @@ class Run:
         kept = self._open().keep(Path(path))
         self._log({"op": "file", "path": str(kept), "folder": folder})
 
+    def model(self, name: str, path: str | Path, params: Mapping[str, str], step: int = 0) -> None:
+        """Copies a folder as a model of the run (MLflow's LoggedModel), with what it was made with."""
+        kept = self._open().keep(Path(path))
+        record = {"op": "model", "name": name, "path": str(kept), "type": "adapter", "step": step}
+        self._log(record | {"params": {key: str(value) for key, value in params.items()}})
+
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run."""
         self._log({"op": "tag", "name": name, "value": value})

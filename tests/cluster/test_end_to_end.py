@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 from servers.seaweedfs import S3Server
 from support.cluster_here import SPECS, Cluster, cluster_here
 from support.crab_runs import CLI, wait_for
@@ -79,6 +80,10 @@ def test_specs_become_results(cluster: Cluster) -> None:
     for name in ("preprocess-shapes", "train-shapes", "tune-heads", "evaluate-shapes"):
         assert runs[name].metrics["cost"] > 0
         assert runs[name].tags["cost.currency"] == "USD"
+
+    models = client.search_logged_models(experiments)
+    assert {model.name for model in models} == {"train-shapes", "tune-heads"}
+    assert {model.status for model in models} == {LoggedModelStatus.READY}
 
     listed = cluster.crab("jobs")[1]["jobs"]
     assert {(job["phase"], job["exit_code"]) for job in listed} == {("succeeded", 0)}

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 
+from crab_platform.mlflow_records import Refused
 from crab_platform.tracking import flatten, start_run
 
 DIGEST = "a1" * 32
@@ -36,6 +38,29 @@ def test_a_run_holds_spec_commit_data_metrics_and_files(tmp_path: Path) -> None:
     assert {tag.key: tag.value for tag in dataset.tags}["manifest"] == DIGEST
     assert {item.path for item in client.list_artifacts(run.run_id)} == {"note.txt", "spec.yaml"}
     assert list(tmp_path.glob("deep/mlartifacts/**/note.txt"))
+
+
+def test_an_adapter_is_a_model_of_its_run(tmp_path: Path) -> None:
+    """Twice the same, as after a lost answer, is one model."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "weights").write_text("w")
+    with start_run(uri, "experiment", "name", spec={}) as run:
+        with pytest.raises(Refused, match="is gone"):
+            run.model("train", tmp_path / "absent", {})
+        run.model("train", adapter, {"num_heads": "3"}, step=7)
+        run.model("train", adapter, {"num_heads": "3"}, step=7)
+    client = MlflowClient(uri)
+    found = client.get_run(run.run_id)
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    assert model.status == LoggedModelStatus.READY
+    assert model.name == "train"
+    assert model.params == {"num_heads": "3"}
+    assert model.source_run_id == run.run_id
+    (output,) = found.outputs.model_outputs
+    assert (output.model_id, output.step) == (model.model_id, 7)
+    assert list(tmp_path.glob(f"mlartifacts/**/{model.model_id}/**/weights"))
 
 
 @pytest.mark.parametrize(
