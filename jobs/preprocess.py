@@ -161,6 +161,8 @@ def _record(
         "mlflow_run": run.run_id,
         **asdict(summary),
     }
+    by_encoder = summary.by_encoder
+    uses = by_encoder.values()
     run.metrics(
         {
             "files": summary.files,
@@ -169,12 +171,14 @@ def _record(
             "set_aside": sum(summary.set_aside.values()),
             "media_bytes_read": summary.media_bytes_read,
             "feature_bytes_written": summary.feature_bytes_written,
+            # What its hits would have taken: seconds of a core, or of the encoder's device.
+            "saved/decode_seconds": sum(use.saved_decode_s for use in uses),
+            "saved/encode_seconds": sum(use.saved_encode_s for use in uses),
             **{f"seconds/{name.replace(' ', '_')}": s for name, s in summary.seconds.items()},
         }
     )
     run.dataset(spec.name, manifest.digest, f"{spec.cache.url}/{manifest.path}")
     write_result(spec.folder, result)
-    uses = summary.by_encoder
     record_usage(
         spec.cache,
         Usage(
@@ -184,13 +188,13 @@ def _record(
             experiment=spec.tracking.experiment,
             team=spec.cache.team,
             manifest=manifest.digest,
-            hits={name: use.hits for name, use in uses.items() if use.hits},
-            encoded={name: use.encoded for name, use in uses.items() if use.encoded},
-            saved_decode_s=sum(use.saved_decode_s for use in uses.values()),
-            saved_encode_s=sum(use.saved_encode_s for use in uses.values()),
+            hits={name: use.hits for name, use in by_encoder.items() if use.hits},
+            encoded={name: use.encoded for name, use in by_encoder.items() if use.encoded},
+            saved_decode_s=sum(use.saved_decode_s for use in uses),
+            saved_encode_s=sum(use.saved_encode_s for use in uses),
             device="cuda" if spec.pipeline.encode_gpus else "cpu",
-            spent_decode_s=sum(use.spent_decode_s for use in uses.values()),
-            spent_encode_s=sum(use.spent_encode_s for use in uses.values()),
+            spent_decode_s=sum(use.spent_decode_s for use in uses),
+            spent_encode_s=sum(use.spent_encode_s for use in uses),
             feature_bytes_written=summary.feature_bytes_written,
             layers=sorted(
                 {row.entry.layer for row in manifest.ready() if row.entry and row.entry.layer}
