@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported anywhere: bits depend on the number of threads, and Ray's workers have one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
