@@ -30,7 +30,7 @@ from crab_platform.training_worker import init_distributed
 
 STEPS, MICRO_BATCHES, DROPOUT = 3, 2, 0.2
 CLIPPED = 1e-6
-CLIPPED_ADAM = 1e-5
+CLIPPED_ADAM = 1e-4
 """Adam divides by the root of what it has seen: where a gradient is all but zero, its rounding is an update."""
 CASES: dict[str, dict[str, Any]] = {
     "zero3": {},
