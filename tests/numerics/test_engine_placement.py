@@ -190,10 +190,15 @@ def test_offload_clips_by_a_norm_that_was_added_up_otherwise(
 ) -> None:
     mine, theirs = engines["zero3-clipped-all"], engines["zero3-clipped"]
     assert min(float(theirs[f"norm {step}"]) for step in range(STEPS)) > 1
-    for name in mine:
-        assert (mine[name] - theirs[name]).abs().max() <= CLIPPED_ADAM * theirs[name].abs().max(), (
-            name
-        )
+    # Some gradients are zero but for rounding (a key's bias): those are measured by the largest of their kind.
+    largest: dict[str, float] = {}
+    for name, values in theirs.items():
+        kind = name.replace(" ", "/").split("/")[0]
+        largest[kind] = max(largest.get(kind, 0.0), float(values.abs().max()))
+    for name, values in theirs.items():
+        allowed = CLIPPED_ADAM * float(values.abs().max())
+        allowed += CLIPPED * largest[name.replace(" ", "/").split("/")[0]]
+        assert float((mine[name] - values).abs().max()) <= allowed, name
     found = different(theirs, engines["zero3"])
     assert [name for name in found if name.startswith("exp_avg/")]  # it does clip
 
